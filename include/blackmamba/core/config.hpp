@@ -1,0 +1,23 @@
+#pragma once
+/// Every macro of the library stands here (the version's stand in version.hpp).
+
+/// BLACKMAMBA_CUDA: 1 where this translation unit is compiled as CUDA, else 0.
+#if defined(__CUDACC__)
+#define BLACKMAMBA_CUDA 1
+#else
+#define BLACKMAMBA_CUDA 0
+#endif
+
+/// BLACKMAMBA_HD: marks a function that runs on host and device. Mathematics is written with it once.
+#if BLACKMAMBA_CUDA
+#define BLACKMAMBA_HD __host__ __device__
+#else
+#define BLACKMAMBA_HD
+#endif
+
+/// BLACKMAMBA_INLINE: for the few innermost functions whose cost model must not depend on the optimiser's mood.
+#if defined(__GNUC__) || defined(__clang__)
+#define BLACKMAMBA_INLINE inline __attribute__((always_inline))
+#else
+#define BLACKMAMBA_INLINE inline
+#endif

@@ -1,0 +1,112 @@
+#pragma once
+#include <blackmamba/core/error.hpp>
+#include <blackmamba/core/memory.hpp>
+#include <blackmamba/core/policy.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+namespace blackmamba {
+
+/// A stack of scratch memory: allocations are a pointer bump, released in reverse order by scopes. One arena serves one
+/// step at a time. Blocks are aligned to 256 bytes and not initialised.
+///
+/// A measuring arena owns nothing and hands out addresses that must not be dereferenced: run a step under
+/// device::dry<P> with it, and peak() is the exact size that the step needs.
+template <class Space>
+class arena {
+ public:
+  static constexpr std::size_t alignment = 256;
+
+  explicit arena(std::size_t bytes)
+      : memory_(static_cast<std::byte*>(memory_resource<Space>::allocate(std::max<std::size_t>(bytes, 1)))),
+        capacity_(bytes) {}
+  static arena measuring() { return arena(); }
+
+  arena(arena&& other) noexcept
+      : memory_(std::exchange(other.memory_, nullptr)),
+        capacity_(std::exchange(other.capacity_, 0)),
+        used_(std::exchange(other.used_, 0)),
+        peak_(std::exchange(other.peak_, 0)) {}
+  arena& operator=(arena&& other) noexcept {
+    std::swap(memory_, other.memory_);
+    std::swap(capacity_, other.capacity_);
+    std::swap(used_, other.used_);
+    std::swap(peak_, other.peak_);
+    return *this;
+  }
+  ~arena() {
+    if (memory_) memory_resource<Space>::deallocate(memory_);
+  }
+
+  /// A contiguous block of the given shape. Throws workspace_error that names the bytes asked for and the size.
+  template <class T, class... Ints>
+  auto allocate(Ints... extents) {
+    std::size_t bytes = sizeof(T);
+    ((bytes *= static_cast<std::size_t>(extents)), ...);
+    std::size_t const rounded = rounded_bytes(bytes);
+    if (memory_ && used_ + rounded > capacity_)
+      throw workspace_error("workspace: asked for " + std::to_string(bytes) + " bytes with " + std::to_string(used_) +
+                            " in use, but the arena has " + std::to_string(capacity_) + " bytes");
+    // A measuring arena hands out its offsets, moved away from null, as addresses.
+    auto* const block = memory_ ? memory_ + used_ : reinterpret_cast<std::byte*>(used_ + alignment);
+    used_ += rounded;
+    peak_ = std::max(peak_, used_);
+    return view<Space, T, (static_cast<void>(extents), dyn)...>(reinterpret_cast<T*>(block), extents...);
+  }
+
+  /// Bytes that a block of this many bytes takes.
+  static constexpr std::size_t rounded_bytes(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+
+  std::size_t used() const { return used_; }
+  std::size_t peak() const { return peak_; }
+  std::size_t capacity() const { return capacity_; }
+  void release_to(std::size_t mark) { used_ = mark; }
+
+ private:
+  arena() = default;
+
+  std::byte* memory_ = nullptr;
+  std::size_t capacity_ = 0;
+  std::size_t used_ = 0;
+  std::size_t peak_ = 0;
+};
+
+/// Scratch memory for the duration of a C++ scope: from the policy's workspace where it has one (released on scope
+/// exit), else an allocation of its own of `bytes`.
+template <device_policy P>
+class scratch {
+ public:
+  using memory_space = typename P::memory_space;
+
+  /// @param bytes what allocate() will be asked for in all; ignored where the policy has a workspace
+  scratch(P const& policy, std::size_t bytes)
+      : own_(policy.workspace ? nullptr : std::make_unique<arena<memory_space>>(bytes)),
+        arena_(policy.workspace ? policy.workspace : own_.get()),
+        mark_(arena_->used()) {}
+  scratch(scratch const&) = delete;
+  scratch& operator=(scratch const&) = delete;
+  ~scratch() { arena_->release_to(mark_); }
+
+  template <class T, class... Ints>
+  auto allocate(Ints... extents) {
+    return arena_->template allocate<T>(extents...);
+  }
+
+ private:
+  std::unique_ptr<arena<memory_space>> own_;
+  arena<memory_space>* arena_;
+  std::size_t mark_;
+};
+
+/// Bytes of scratch that blocks of these many bytes take together.
+template <class... Sizes>
+constexpr std::size_t scratch_sum(Sizes... bytes) {
+  return (arena<space::host>::rounded_bytes(static_cast<std::size_t>(bytes)) + ... + 0);
+}
+
+}  // namespace blackmamba

@@ -1,0 +1,165 @@
+#pragma once
+#include <blackmamba/core/memory.hpp>
+#include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/random.hpp>
+#include <blackmamba/core/tensor.hpp>
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+/// What every operator test needs: values in and out of the policy's memory, comparisons, central differences.
+namespace test {
+
+using values = std::vector<double>;
+using test_space = test_policy::memory_space;
+
+/// n numbers, normal with the given spread, the same for the same seed everywhere.
+inline values random_normal(std::int64_t n, std::uint64_t seed, double spread = 1.0) {
+  blackmamba::philox const random(seed, 7);
+  values v(static_cast<std::size_t>(n));
+  for (std::size_t i = 0; i < v.size(); ++i) v[i] = spread * random.normal(i);
+  return v;
+}
+inline values random_uniform(std::int64_t n, std::uint64_t seed, double low, double high) {
+  blackmamba::philox const random(seed, 8);
+  values v(static_cast<std::size_t>(n));
+  for (std::size_t i = 0; i < v.size(); ++i) v[i] = low + (high - low) * static_cast<double>(random.uniform(i));
+  return v;
+}
+/// A whole number in [low, high].
+inline std::int64_t random_integer(std::uint64_t seed, std::uint64_t i, std::int64_t low, std::int64_t high) {
+  return low + static_cast<std::int64_t>(blackmamba::philox(seed, 9).bits(i) % static_cast<std::uint64_t>(high - low + 1));
+}
+
+/// The values as T in the policy's memory.
+template <class T, class... Ints>
+auto upload(values const& v, Ints... extents) {
+  blackmamba::tensor<blackmamba::space::host, T, blackmamba::dyn> host(static_cast<std::int64_t>(v.size()));
+  for (std::size_t i = 0; i < v.size(); ++i) {
+    if constexpr (blackmamba::storage<T>)
+      host.data()[i] = blackmamba::convert<T>(v[i]);
+    else
+      host.data()[i] = static_cast<T>(v[i]);
+  }
+  blackmamba::tensor<test_space, T, (static_cast<void>(extents), blackmamba::dyn)...> t(extents...);
+  REQUIRE(t.size() == host.size());
+  blackmamba::memory::upload(make_policy(), host.as_view(), t.as_view());
+  return t;
+}
+/// As upload, rounded to T and back: what the operator really sees.
+template <class T>
+values rounded(values v) {
+  for (auto& x : v) x = static_cast<double>(blackmamba::widen(blackmamba::convert<T>(x)));
+  return v;
+}
+/// A tensor whose every byte is set: an operator that leaves a part of its output unwritten shows NaNs.
+template <class T, class... Ints>
+auto poisoned(Ints... extents) {
+  blackmamba::tensor<blackmamba::space::host, T, blackmamba::dyn> host((std::int64_t{1} * ... * extents));
+  std::memset(static_cast<void*>(host.data()), 0xff, sizeof(T) * static_cast<std::size_t>(host.size()));
+  blackmamba::tensor<test_space, T, (static_cast<void>(extents), blackmamba::dyn)...> t(extents...);
+  blackmamba::memory::upload(make_policy(), host.as_view(), t.as_view());
+  return t;
+}
+/// The view's elements as doubles, row-major. Contiguous views only.
+template <class View>
+values download(View const& view) {
+  using T = typename View::value_type;
+  blackmamba::tensor<blackmamba::space::host, T, blackmamba::dyn> host(view.size());
+  if (view.size() > 0)
+    blackmamba::memory::download(make_policy(), view.template reshape<std::int64_t>(view.size()), host.as_view());
+  values v(static_cast<std::size_t>(view.size()));
+  for (std::size_t i = 0; i < v.size(); ++i) {
+    if constexpr (blackmamba::storage<T>)
+      v[i] = static_cast<double>(blackmamba::widen(host.data()[i]));
+    else
+      v[i] = static_cast<double>(host.data()[i]);
+  }
+  return v;
+}
+
+/// Largest relative rounding error of a storage type: 2^-24 for float, 2^-53, 2^-8, 2^-11.
+template <class T>
+constexpr double unit_roundoff() {
+  if constexpr (std::is_same_v<T, double>) return 0x1p-53;
+  if constexpr (std::is_same_v<T, blackmamba::bfloat16>) return 0x1p-8;
+  if constexpr (std::is_same_v<T, blackmamba::half>) return 0x1p-11;
+  return 0x1p-24;
+}
+/// Bound for a result stored as T that sums `terms` products in accum_t<T>.
+template <class T>
+constexpr double tolerance(std::int64_t terms = 1) {
+  return unit_roundoff<T>() + 4.0 * std::sqrt(static_cast<double>(terms) + 1.0) * unit_roundoff<blackmamba::accum_t<T>>();
+}
+
+/// Requires |actual - expected| <= tolerance * max(scale, |expected|) everywhere, where scale is the largest |expected|
+/// times `floor`. NaN fails.
+inline void check_close(values const& actual, values const& expected, double tolerance, std::string const& what = "",
+                        double floor = 1.0) {
+  REQUIRE_MESSAGE(actual.size() == expected.size(), what);
+  double scale = 0;
+  for (double e : expected) scale = std::max(scale, std::abs(e));
+  double worst = 0;
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    double const error = std::abs(actual[i] - expected[i]) / std::max({std::abs(expected[i]), floor * scale, 1e-300});
+    if (!(error <= worst)) {  // also true for NaN
+      worst = error;
+      at = i;
+      if (std::isnan(error)) break;
+    }
+  }
+  CHECK_MESSAGE(worst <= tolerance, what << ": element " << at << " is " << (actual.empty() ? 0 : actual[at])
+                                         << ", expected " << (expected.empty() ? 0 : expected[at]) << ", relative error "
+                                         << worst << " above " << tolerance);
+}
+inline void check_equal(values const& actual, values const& expected, std::string const& what = "") {
+  REQUIRE_MESSAGE(actual.size() == expected.size(), what);
+  for (std::size_t i = 0; i < actual.size(); ++i)
+    REQUIRE_MESSAGE(actual[i] == expected[i], what << ": element " << i << " is " << actual[i] << ", expected "
+                                                   << expected[i]);
+}
+
+/// Checks d(loss)/d(x) against central differences of loss(x) in double: 4th-order stencil, every coordinate.
+inline void check_gradient(std::function<double(values const&)> const& loss, values const& x, values const& gradient,
+                           std::string const& what, double tolerance = 1e-7, double step = 1e-3) {
+  values numeric(x.size());
+  values moved = x;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    auto const at = [&](double offset) {
+      moved[i] = x[i] + offset;
+      return loss(moved);
+    };
+    numeric[i] = (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step);
+    moved[i] = x[i];
+  }
+  check_close(gradient, numeric, tolerance, what);
+}
+/// The scalar whose gradient with respect to y is `weights`: turns any output into a loss.
+inline double weighted_sum(values const& y, values const& weights) {
+  double s = 0;
+  for (std::size_t i = 0; i < y.size(); ++i) s += y[i] * weights[i];
+  return s;
+}
+
+/// The message of the exception of type E that f throws; fails the test if it throws none.
+template <class E, class F>
+std::string message_of(F&& f) {
+  try {
+    f();
+  } catch (E const& e) {
+    return e.what();
+  }
+  FAIL("expected an exception");
+  return {};
+}
+
+}  // namespace test
+
+#define STORAGE_TYPES float, double, blackmamba::bfloat16, blackmamba::half
