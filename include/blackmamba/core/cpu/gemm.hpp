@@ -3,14 +3,12 @@
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/numeric.hpp>
 
-#if BLACKMAMBA_CUDA
-#pragma nv_diagnostic push
-#pragma nv_diag_suppress 20012  // Eigen annotates defaulted members
+// Eigen serves the host alone here, and its device annotations make nvcc warn. Who wants Eigen inside kernels includes
+// it before this library.
+#if BLACKMAMBA_CUDA && !defined(EIGEN_NO_CUDA) && !defined(EIGEN_CORE_H)
+#define EIGEN_NO_CUDA
 #endif
 #include <Eigen/Core>
-#if BLACKMAMBA_CUDA
-#pragma nv_diagnostic pop
-#endif
 
 #include <algorithm>
 #include <cstdint>
