@@ -86,6 +86,9 @@ struct checked_backend {
 template <class Op, class P>
 using backend_of = typename detail::checked_backend<Op, P>::type;
 
+/// Whether a result replaces what the output holds or is added to it.
+enum class update { overwrite, accumulate };
+
 /// Operator arguments. An input never takes part in deduction, so const and static-extent conversions just work; an
 /// output (or state) deduces the element type.
 template <class P, class T, int... Extents>

@@ -2,6 +2,7 @@
 #include <blackmamba/core/config.hpp>
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/policy.hpp>
 
 // Eigen serves the host alone here, and its device annotations make nvcc warn. Who wants Eigen inside kernels includes
 // it before this library.
@@ -18,9 +19,6 @@ namespace blackmamba::cpu {
 
 /// Whether an operand is used as stored or transposed; operands are row-major with a row stride.
 enum class transpose { no, yes };
-
-/// Whether a product replaces what the output holds or is added to it.
-enum class update { overwrite, accumulate };
 
 /// C (m, n) = op(A) (m, k) op(B) (k, n), or C += it. Row strides lda, ldb, ldc in elements.
 ///
