@@ -1,0 +1,65 @@
+# What tests, examples and benchmarks are compiled with. None of it reaches a consumer of the library.
+
+# C++20 itself comes with blackmamba::blackmamba. (CMAKE_CXX_STANDARD would be taken for CUDA's standard too, and stop CMake
+# releases that do not know CUDA's 20.)
+set(CMAKE_CXX_EXTENSIONS OFF)
+
+set(blackmamba_warnings -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wsign-conversion)
+# nvcc's own generated host code is not pedantic, so -Wpedantic stays out of what is handed to its host compiler.
+set(blackmamba_cuda_warnings -Xcompiler=-Wall,-Wextra,-Wconversion,-Wshadow)
+
+# blackmamba_developer: link it to a program of this project.
+add_library(blackmamba_developer INTERFACE)
+target_link_libraries(blackmamba_developer INTERFACE blackmamba::blackmamba)
+target_compile_options(blackmamba_developer INTERFACE
+  "$<$<COMPILE_LANGUAGE:CXX>:${blackmamba_warnings}>"
+  "$<$<COMPILE_LANGUAGE:CUDA>:${blackmamba_cuda_warnings}>")
+if(BLACKMAMBA_WERROR)
+  target_compile_options(blackmamba_developer INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-Werror>
+    "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler=-Werror>")
+endif()
+if(BLACKMAMBA_NATIVE)
+  target_compile_options(blackmamba_developer INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-march=native> $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-march=native>)
+endif()
+
+# Sanitizers. Fixed addresses: the sanitizers of older compilers cannot place their shadow memory on kernels that
+# randomise addresses by more than 28 bits, and stop before main; setarch -R runs the program without randomisation.
+set(blackmamba_sanitizer_launcher)
+if(BLACKMAMBA_SANITIZE)
+  target_compile_options(blackmamba_developer INTERFACE
+    -fsanitize=${BLACKMAMBA_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
+  target_link_options(blackmamba_developer INTERFACE -fsanitize=${BLACKMAMBA_SANITIZE})
+  find_program(BLACKMAMBA_SETARCH setarch)
+  mark_as_advanced(BLACKMAMBA_SETARCH)
+  if(BLACKMAMBA_SETARCH)
+    execute_process(COMMAND ${BLACKMAMBA_SETARCH} -R true RESULT_VARIABLE setarch_result OUTPUT_QUIET ERROR_QUIET)
+    if(setarch_result EQUAL 0)
+      set(blackmamba_sanitizer_launcher ${BLACKMAMBA_SETARCH} -R)
+    endif()
+  endif()
+endif()
+
+# CUDA as a language is wanted by the tests, examples and benchmarks alone.
+set(blackmamba_with_cuda OFF)
+if(TARGET blackmamba::cuda AND NOT BLACKMAMBA_SANITIZE)
+  find_program(CMAKE_CUDA_COMPILER nvcc HINTS ${CUDAToolkit_BIN_DIR})
+  include(CheckLanguage)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    find_program(BLACKMAMBA_NVIDIA_SMI nvidia-smi)
+    mark_as_advanced(BLACKMAMBA_NVIDIA_SMI)
+    if(BLACKMAMBA_NVIDIA_SMI)
+      set(CMAKE_CUDA_ARCHITECTURES native)
+    else()
+      set(CMAKE_CUDA_ARCHITECTURES 90a)
+    endif()
+  endif()
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    set(blackmamba_with_cuda ON)
+  elseif(BLACKMAMBA_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "blackmamba: BLACKMAMBA_CUDA is ON, and no nvcc was found")
+  endif()
+endif()

@@ -1,0 +1,100 @@
+# Header tests. Every header is found by pattern, none can be left out.
+#
+# Alone: a translation unit for each header, which includes it twice (guards) and nothing else, under strict warnings as
+# errors. Linked twice: these units are linked with one more that includes all headers, so that a function which is
+# defined in a header without `inline` is there twice, and the linker says so.
+
+file(GLOB_RECURSE blackmamba_hpp CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/include
+  ${PROJECT_SOURCE_DIR}/include/blackmamba/*.hpp)
+file(GLOB_RECURSE blackmamba_cuh CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/include
+  ${PROJECT_SOURCE_DIR}/include/blackmamba/*.cuh)
+
+# blackmamba_header_units(<result> <directory> <extension> <header>...): writes the units.
+function(blackmamba_header_units result directory extension)
+  set(all "")
+  set(units "")
+  foreach(header IN LISTS ARGN)
+    string(REPLACE "/" "." stem ${header})
+    set(unit ${directory}/${stem}.${extension})
+    file(CONFIGURE OUTPUT ${unit} CONTENT "#include <${header}>\n#include <${header}>\n" @ONLY)
+    list(APPEND units ${unit})
+    string(APPEND all "#include <${header}>\n")
+  endforeach()
+  file(CONFIGURE OUTPUT ${directory}/all_headers.${extension} CONTENT "${all}\nint main() {}\n" @ONLY)
+  set(${result} ${units} ${directory}/all_headers.${extension} PARENT_SCOPE)
+endfunction()
+
+# The main compiler.
+set(blackmamba_header_dir ${CMAKE_CURRENT_BINARY_DIR}/headers)
+blackmamba_header_units(header_units ${blackmamba_header_dir}/cxx cpp ${blackmamba_hpp})
+add_executable(headers_cxx ${header_units})
+target_link_libraries(headers_cxx PRIVATE blackmamba::blackmamba)
+target_compile_options(headers_cxx PRIVATE ${blackmamba_warnings} -Werror -O0)
+add_test(NAME headers.alone_and_twice.cxx COMMAND headers_cxx)
+set_tests_properties(headers.alone_and_twice.cxx PROPERTIES LABELS headers)
+
+# The other compiler, where it is installed: each unit alone, syntax and semantics only.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  set(other_names clang++)
+else()
+  set(other_names g++)
+endif()
+find_program(BLACKMAMBA_OTHER_CXX ${other_names})
+mark_as_advanced(BLACKMAMBA_OTHER_CXX)
+
+# The system include directories that blackmamba::blackmamba brings, for compilers that are called without a target.
+get_target_property(blackmamba_eigen_dirs Eigen3::Eigen INTERFACE_INCLUDE_DIRECTORIES)
+set(blackmamba_plain_flags -std=c++20 -I${PROJECT_SOURCE_DIR}/include)
+foreach(directory IN LISTS blackmamba_eigen_dirs)
+  list(APPEND blackmamba_plain_flags -isystem ${directory})
+endforeach()
+
+if(BLACKMAMBA_OTHER_CXX)
+  get_filename_component(other_name ${BLACKMAMBA_OTHER_CXX} NAME)
+  set(stamps "")
+  foreach(unit IN LISTS header_units)
+    get_filename_component(stem ${unit} NAME_WLE)
+    set(stamp ${blackmamba_header_dir}/other/${stem}.ok)
+    add_custom_command(OUTPUT ${stamp}
+      COMMAND ${BLACKMAMBA_OTHER_CXX} ${blackmamba_plain_flags} ${blackmamba_warnings} -Werror -fsyntax-only
+        -MD -MF ${stamp}.d -MT ${stamp} ${unit}
+      COMMAND ${CMAKE_COMMAND} -E touch ${stamp}
+      DEPENDS ${unit}
+      DEPFILE ${stamp}.d
+      COMMENT "${other_name}: ${stem} alone"
+      VERBATIM)
+    list(APPEND stamps ${stamp})
+  endforeach()
+  file(MAKE_DIRECTORY ${blackmamba_header_dir}/other)
+  add_custom_target(headers_other ALL DEPENDS ${stamps})
+  # The test builds the target again: nothing to do where all is well, and a failure cannot hide behind old stamps.
+  add_test(NAME headers.alone.${other_name}
+    COMMAND ${CMAKE_COMMAND} --build ${PROJECT_BINARY_DIR} --target headers_other)
+  set_tests_properties(headers.alone.${other_name} PROPERTIES LABELS headers RUN_SERIAL ON)
+endif()
+
+if(blackmamba_with_cuda)
+  # nvcc: the C++ headers as CUDA, and the CUDA headers.
+  blackmamba_header_units(header_units ${blackmamba_header_dir}/cuda cu ${blackmamba_hpp} ${blackmamba_cuh})
+  add_executable(headers_cuda ${header_units})
+  target_link_libraries(headers_cuda PRIVATE blackmamba::cuda)
+  target_compile_options(headers_cuda PRIVATE ${blackmamba_cuda_warnings}
+    "SHELL:-Werror all-warnings -Xcompiler=-Werror -Xcompiler=-O0")
+  set_target_properties(headers_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  add_test(NAME headers.alone_and_twice.cuda COMMAND headers_cuda)
+  set_tests_properties(headers.alone_and_twice.cuda PROPERTIES LABELS headers)
+
+  # The umbrella in two units of one program, for two architectures and as PTX.
+  foreach(unit IN ITEMS first second)
+    file(CONFIGURE OUTPUT ${blackmamba_header_dir}/umbrella/${unit}.cu @ONLY CONTENT
+      "#include <blackmamba/blackmamba.hpp>\n\nint @unit@_unit() { return blackmamba::version.major_part; }\n")
+  endforeach()
+  file(CONFIGURE OUTPUT ${blackmamba_header_dir}/umbrella/main.cpp @ONLY CONTENT
+    "int first_unit();\nint second_unit();\nint main() { return first_unit() == second_unit() ? 0 : 1; }\n")
+  add_executable(headers_umbrella_cuda ${blackmamba_header_dir}/umbrella/first.cu
+    ${blackmamba_header_dir}/umbrella/second.cu ${blackmamba_header_dir}/umbrella/main.cpp)
+  target_link_libraries(headers_umbrella_cuda PRIVATE blackmamba::cuda)
+  set_target_properties(headers_umbrella_cuda PROPERTIES CUDA_ARCHITECTURES "80-real;90a-real;90-virtual")
+  add_test(NAME headers.umbrella_twice.cuda COMMAND headers_umbrella_cuda)
+  set_tests_properties(headers.umbrella_twice.cuda PROPERTIES LABELS headers)
+endif()
