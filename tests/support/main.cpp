@@ -8,7 +8,7 @@
 
 #include <cstdio>
 
-namespace blackmamba::test {
+namespace test {
 namespace {
 
 char const* gate_device = nullptr;
@@ -48,10 +48,10 @@ bool require_device(char const* device, bool (*present)()) {
   return true;
 }
 
-}  // namespace blackmamba::test
+}  // namespace test
 
 int main(int argc, char** argv) {
-  using namespace blackmamba::test;
+  using namespace test;
   if (gate_present != nullptr && !gate_present()) {
     std::printf("skipped: no %s\n", gate_device);
     return skip_code;
