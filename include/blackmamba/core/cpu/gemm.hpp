@@ -20,13 +20,14 @@ namespace blackmamba::cpu {
 /// Whether an operand is used as stored or transposed; operands are row-major with a row stride.
 enum class transpose { no, yes };
 
-/// C (m, n) = op(A) (m, k) op(B) (k, n), or C += it. Row strides lda, ldb, ldc in elements.
+/// C (m, n) = op(A) (m, k) op(B) (k, n) + bias (n), or C += it. Row strides lda, ldb, ldc in elements; bias may be null.
 ///
 /// Arithmetic in float (double where C is double); 16-bit operands are widened tile by tile. C is computed in tiles whose size
 /// depends on m, n and k alone: results do not depend on the number of threads.
 template <class TA, class TB, class TC>
 void gemm(int threads, transpose ta, transpose tb, std::int64_t m, std::int64_t n, std::int64_t k, TA const* a,
-          std::int64_t lda, TB const* b, std::int64_t ldb, TC* c, std::int64_t ldc, update mode = update::overwrite);
+          std::int64_t lda, TB const* b, std::int64_t ldb, TC* c, std::int64_t ldc, update mode = update::overwrite,
+          accum_t<TC> const* bias = nullptr);
 
 namespace detail {
 
@@ -52,9 +53,10 @@ strided_map<A> operand(T const* p, std::int64_t ld, std::int64_t rows, std::int6
 
 template <class TA, class TB, class TC>
 void gemm(int threads, transpose ta, transpose tb, std::int64_t m, std::int64_t n, std::int64_t k, TA const* a,
-          std::int64_t lda, TB const* b, std::int64_t ldb, TC* c, std::int64_t ldc, update mode) {
+          std::int64_t lda, TB const* b, std::int64_t ldb, TC* c, std::int64_t ldc, update mode,
+          accum_t<TC> const* bias) {
   using A = accum_t<TC>;
-  if (m == 0 || n == 0) return;
+  if (m <= 0 || n <= 0) return;
   // Tiles of at least 64 x 64, about 16 of them where the product is large: enough for the threads to share.
   auto const tile_of = [](std::int64_t extent) { return std::max<std::int64_t>(64, (extent / 4 + 15) / 16 * 16); };
   std::int64_t const tile_m = tile_of(m), tile_n = n > 4 * m ? tile_of(n) : n;
@@ -74,6 +76,8 @@ void gemm(int threads, transpose ta, transpose tb, std::int64_t m, std::int64_t 
             target.noalias() += expression;
           else
             target.noalias() = expression;
+          if (bias)
+            target.rowwise() += Eigen::Map<Eigen::Matrix<A, 1, Eigen::Dynamic> const>(bias + j, cols);
         };
         if (ta == transpose::no && tb == transpose::no) into(left * right);
         if (ta == transpose::no && tb == transpose::yes) into(left * right.transpose());

@@ -1,0 +1,77 @@
+#pragma once
+#include <blackmamba/core/error.hpp>
+#include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/policy.hpp>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace blackmamba {
+
+/// The affine map of rows, weights stored as (outputs, inputs):
+///
+///   y[r,:] = weight x[r,:] + bias
+///
+/// Arithmetic in accum_t<T>; y is stored as T, or as accum_t<T> where the next operator wants the unrounded sums (the
+/// router's and the vocabulary's logits). Rows of every matrix may be strided. Bitwise repeatable, independent of the
+/// number of threads; the bits of a row may depend on how many rows there are. Asynchronous on cuda.
+struct linear {
+  template <device_policy P, storage T>
+  struct inputs {
+    in<P, T, dyn, dyn> x;               // (R, I)
+    in<P, T, dyn, dyn> weight;          // (O, I)
+    in<P, accum_t<T>, dyn> bias = {};   // (O)     optional
+  };
+  /// y (R, O) must not overlap the inputs.
+  template <device_policy P, storage Y, storage T = Y>
+  static void forward(P const& policy, std::type_identity_t<inputs<P, T>> const& in, out<P, Y, dyn, dyn> y) {
+    check_result_type<Y, T>();
+    auto const rows = y.extent(0), outputs = y.extent(1);
+    check_shape("linear", "x", in.x, {rows, -1});
+    check_shape("linear", "weight", in.weight, {outputs, in.x.extent(1)});
+    check_optional_shape("linear", "bias", in.bias, {outputs});
+    if (y.size() > 0) backend_of<linear, P>::forward(policy, in, y);
+  }
+
+  template <device_policy P, storage T, storage Y>
+  struct gradient_inputs {
+    in<P, T, dyn, dyn> x;       // (R, I)
+    in<P, T, dyn, dyn> weight;  // (O, I)
+    in<P, Y, dyn, dyn> d_y;     // (R, O)
+  };
+  /// Each where wanted.
+  template <device_policy P, storage T>
+  struct gradients {
+    out<P, T, dyn, dyn> d_x = {};                // (R, I)  optional
+    out<P, accum_t<T>, dyn, dyn> d_weight = {};  // (O, I)  optional
+    out<P, accum_t<T>, dyn> d_bias = {};         // (O)     optional
+    update d_x_update = update::overwrite;       // accumulate: x has other readers, whose gradients d_x holds already
+  };
+  /// d_x = d_y weight, or d_x += it        d_x must not overlap d_y
+  /// d_weight += d_y^T x
+  /// d_bias += sum over rows of d_y
+  template <device_policy P, storage T, storage Y = T>
+  static void backward(P const& policy, std::type_identity_t<gradient_inputs<P, T, Y>> const& in,
+                       std::type_identity_t<gradients<P, T>> const& d) {
+    check_result_type<Y, T>();
+    auto const rows = in.d_y.extent(0), outputs = in.d_y.extent(1), width = in.weight.extent(1);
+    check_shape("linear.backward", "weight", in.weight, {outputs, -1});
+    check_shape("linear.backward", "x", in.x, {rows, width});
+    check_optional_shape("linear.backward", "d_x", d.d_x, {rows, width});
+    check_optional_shape("linear.backward", "d_weight", d.d_weight, {outputs, width});
+    check_optional_shape("linear.backward", "d_bias", d.d_bias, {outputs});
+    if (rows > 0) backend_of<linear, P>::backward(policy, in, d);
+  }
+
+ private:
+  template <class Y, class T>
+  static constexpr void check_result_type() {
+    static_assert(std::is_same_v<Y, T> || std::is_same_v<Y, accum_t<T>>,
+                  "blackmamba: linear: y is stored neither as the operands' type nor as its accumulation type; name the "
+                  "operands' type: linear::forward<Policy, Y, T>(...), linear::backward<Policy, T, Y>(...)");
+  }
+};
+
+}  // namespace blackmamba
+
+#include <blackmamba/ops/linear/linear_cpu.hpp>
