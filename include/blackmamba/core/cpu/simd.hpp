@@ -71,6 +71,10 @@ struct pack {
       std::memcpy(&h, p, sizeof(h));
       auto const wide = __builtin_convertvector(h, typename detail::vector_of<std::uint32_t, N>::type) << 16;
       std::memcpy(&r.v, &wide, sizeof(r.v));
+    } else if constexpr (std::is_arithmetic_v<S>) {
+      typename detail::vector_of<S, N>::type s;
+      std::memcpy(&s, p, sizeof(s));
+      r.v = __builtin_convertvector(s, vector);
     } else {
       for (int i = 0; i < N; ++i) r.v[i] = convert<T>(p[i]);
     }
@@ -277,6 +281,14 @@ BLACKMAMBA_INLINE void for_packs(std::int64_t n, Body&& body) {
   std::int64_t i = 0;
   for (; i + N <= n; i += N) body(i, std::integral_constant<int, N>{});
   if (i < n) body(i, static_cast<int>(n - i));
+}
+/// x where `lanes` is the integral constant; else the first n lanes of x, and zeros: what a sum over a rest needs.
+template <class V, class Lanes>
+BLACKMAMBA_INLINE V first(V x, Lanes lanes) {
+  if constexpr (std::is_same_v<Lanes, int>) {
+    for (int i = lanes; i < V::lanes; ++i) x.v[i] = 0;
+  }
+  return x;
 }
 /// Loads or stores whole packs where `lanes` is the integral constant, parts otherwise.
 template <class V, class S, class Lanes>

@@ -1,0 +1,97 @@
+#pragma once
+#include <blackmamba/core/error.hpp>
+#include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/workspace.hpp>
+
+#include <span>
+
+namespace blackmamba {
+
+/// Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; Kingma and Ba, arXiv 1412.6980),
+/// and clipping of the gradient by its norm. With eta = learning_rate learning_rate_scale and t = step:
+///
+///   g = gradient min(1, max_norm / norm)            (g = gradient where max_norm is 0)
+///   m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
+///   p = p - eta (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay p)
+///
+/// One pass over memory. Parameters, gradients and moments in accum_t<T>; the factors that depend on t are computed in
+/// double. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda: the norm stays on the device.
+struct adamw {
+  /// Parameters [end of the group before, end).
+  struct group {
+    std::int64_t end;
+    double weight_decay;
+    double learning_rate_scale = 1;
+  };
+  struct options {
+    double learning_rate;
+    double beta1 = 0.9;
+    double beta2 = 0.95;
+    double eps = 1e-8;
+    std::int64_t step = 1;  ///< 1 for the first
+    double max_norm = 0;    ///< 0: no clipping
+  };
+  template <device_policy P, storage T>
+  struct tensors {
+    out<P, accum_t<T>, dyn> parameter;      // (n)  in and out
+    in<P, accum_t<T>, dyn> gradient;        // (n)
+    out<P, accum_t<T>, dyn> first_moment;   // (n)  in and out; zeros before the first step
+    out<P, accum_t<T>, dyn> second_moment;  // (n)  in and out; zeros before the first step
+    out<P, T, dyn> copy = {};               // (n)  optional: the new parameters, rounded to storage
+  };
+
+  /// @param norm (1) the gradient's norm over everything that is clipped together; may be absent where max_norm is 0. A
+  /// norm that is not finite leaves every tensor unchanged.
+  /// @param groups host memory; their ends ascend, the last is n
+  /// @throws value_error where an option is outside its domain
+  template <device_policy P, storage T>
+  static void step(P const& policy, tensors<P, T> const& on, in<P, accum_t<T>, dyn> norm, std::span<group const> groups,
+                   options const& how) {
+    auto const n = on.parameter.extent(0);
+    check_shape("adamw", "gradient", on.gradient, {n});
+    check_shape("adamw", "first_moment", on.first_moment, {n});
+    check_shape("adamw", "second_moment", on.second_moment, {n});
+    check_optional_shape("adamw", "copy", on.copy, {n});
+    check_optional_shape("adamw", "norm", norm, {1});
+    check_that(norm.present() || how.max_norm == 0, "adamw", "norm", "no view", "a view, because max_norm is not 0");
+    std::int64_t end = 0;
+    for (auto const& g : groups) {
+      check_that(g.end >= end, "adamw", "groups", "an end of " + std::to_string(g.end) + " after " + std::to_string(end),
+                 "ascending ends");
+      end = g.end;
+    }
+    check_that(end == n, "adamw", "groups", "groups of " + std::to_string(end) + " parameters", std::to_string(n));
+    check_value(how.step >= 1, "step", static_cast<double>(how.step), "at least 1");
+    check_value(how.beta1 >= 0 && how.beta1 < 1, "beta1", how.beta1, "in [0, 1)");
+    check_value(how.beta2 >= 0 && how.beta2 < 1, "beta2", how.beta2, "in [0, 1)");
+    check_value(how.eps >= 0, "eps", how.eps, "not negative");
+    check_value(how.max_norm >= 0, "max_norm", how.max_norm, "not negative");
+    if (n > 0) backend_of<adamw, P>::step(policy, on, norm, groups, how);
+  }
+
+  /// norm (1) = sqrt(sum of gradient^2), summed in double over fixed blocks in a fixed order.
+  /// scratch_bytes(n) of scratch.
+  template <device_policy P, storage A>
+  static void norm(P const& policy, in<P, A, dyn> gradient, out<P, A, dyn> norm) {
+    check_shape("adamw.norm", "norm", norm, {1});
+    scratch<P> memory(policy, scratch_bytes(gradient.extent(0)));
+    auto partial = memory.template allocate<double>(partial_count(gradient.extent(0)));
+    backend_of<adamw, P>::norm(policy, gradient, norm, partial);
+  }
+
+  static constexpr std::int64_t values_per_partial = 16384;
+  static constexpr std::int64_t partial_count(std::int64_t n) { return (n + values_per_partial - 1) / values_per_partial; }
+  static constexpr std::size_t scratch_bytes(std::int64_t n) {
+    return scratch_sum(sizeof(double) * static_cast<std::size_t>(partial_count(n)));
+  }
+
+ private:
+  static void check_value(bool good, char const* name, double value, char const* domain) {
+    if (!good) throw value_error("adamw: " + std::string(name) + ": got " + std::to_string(value) + ", expected " + domain);
+  }
+};
+
+}  // namespace blackmamba
+
+#include <blackmamba/ops/adamw/adamw_cpu.hpp>

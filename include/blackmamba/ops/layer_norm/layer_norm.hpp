@@ -1,0 +1,94 @@
+#pragma once
+#include <blackmamba/core/error.hpp>
+#include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/workspace.hpp>
+
+namespace blackmamba {
+
+/// Layer normalisation with an optional fused residual add (Ba, Kiros and Hinton, arXiv 1607.06450, eq. 4):
+///
+///   s[r,:] = x[r,:] + residual[r,:]                 (s = x without a residual)
+///   y[r,:] = (s[r,:] - mean[r]) rstd[r] weight + bias
+///   mean[r] = mean(s[r,:]),  rstd[r] = 1 / sqrt(mean((s[r,:] - mean[r])^2) + eps)
+///
+/// Statistics and s in accum_t<T>; the variance is taken about the mean, never as a difference of moments. Bitwise
+/// repeatable, independent of the number of threads. Asynchronous on cuda.
+struct layer_norm {
+  template <device_policy P, storage T>
+  struct inputs {
+    in<P, T, dyn, dyn> x;                       // (R, D)
+    in<P, accum_t<T>, dyn> weight;              // (D)
+    in<P, accum_t<T>, dyn> bias = {};           // (D)     optional
+    in<P, accum_t<T>, dyn, dyn> residual = {};  // (R, D)  optional
+    double eps = 1e-5;
+  };
+  /// What backward needs, where wanted.
+  template <device_policy P, storage T>
+  struct saved {
+    out<P, accum_t<T>, dyn, dyn> sum = {};  // (R, D)  s; optional; may alias the residual
+    out<P, accum_t<T>, dyn> rstd = {};      // (R)     optional
+    out<P, accum_t<T>, dyn> mean = {};      // (R)     optional
+  };
+  /// y (R, D) may alias x.
+  template <device_policy P, storage T>
+  static void forward(P const& policy, inputs<P, T> const& in, out<P, T, dyn, dyn> y, saved<P, T> const& keep = {}) {
+    auto const rows = y.extent(0), width = y.extent(1);
+    check_shape("layer_norm", "x", in.x, {rows, width});
+    check_shape("layer_norm", "weight", in.weight, {width});
+    check_optional_shape("layer_norm", "bias", in.bias, {width});
+    check_optional_shape("layer_norm", "residual", in.residual, {rows, width});
+    check_optional_shape("layer_norm", "sum", keep.sum, {rows, width});
+    check_optional_shape("layer_norm", "rstd", keep.rstd, {rows});
+    check_optional_shape("layer_norm", "mean", keep.mean, {rows});
+    if (y.size() > 0) backend_of<layer_norm, P>::forward(policy, in, y, keep);
+  }
+
+  /// S is the type that s is kept in: accum_t<T> with a residual, else T or accum_t<T>.
+  template <device_policy P, storage T, storage S>
+  struct gradient_inputs {
+    in<P, S, dyn, dyn> sum;                       // (R, D)
+    in<P, accum_t<T>, dyn> rstd;                  // (R)
+    in<P, accum_t<T>, dyn> mean;                  // (R)
+    in<P, accum_t<T>, dyn> weight;                // (D)
+    in<P, T, dyn, dyn> d_y;                       // (R, D)
+    in<P, accum_t<T>, dyn, dyn> d_residual = {};  // (R, D)  optional: gradient that reaches s past the norm; is added
+  };
+  /// With n = (s - mean) rstd and g = weight d_y:
+  ///
+  ///   d_s = d_residual + rstd (g - mean(g) - n mean(g n))      may alias d_residual, or d_y where S is T
+  ///   d_weight += sum over rows of d_y n
+  ///   d_bias += sum over rows of d_y                           optional
+  ///
+  /// scratch_bytes<T>(R, D) of scratch.
+  template <device_policy P, storage T, storage S>
+  static void backward(P const& policy, std::type_identity_t<gradient_inputs<P, T, S>> const& in,
+                       out<P, S, dyn, dyn> d_s, std::type_identity_t<out<P, accum_t<T>, dyn>> d_weight,
+                       std::type_identity_t<out<P, accum_t<T>, dyn>> d_bias = {}) {
+    auto const rows = d_s.extent(0), width = d_s.extent(1);
+    check_shape("layer_norm.backward", "sum", in.sum, {rows, width});
+    check_shape("layer_norm.backward", "rstd", in.rstd, {rows});
+    check_shape("layer_norm.backward", "mean", in.mean, {rows});
+    check_shape("layer_norm.backward", "weight", in.weight, {width});
+    check_shape("layer_norm.backward", "d_y", in.d_y, {rows, width});
+    check_optional_shape("layer_norm.backward", "d_residual", in.d_residual, {rows, width});
+    check_shape("layer_norm.backward", "d_weight", d_weight, {width});
+    check_optional_shape("layer_norm.backward", "d_bias", d_bias, {width});
+    if (d_s.size() == 0) return;
+    scratch<P> memory(policy, scratch_bytes<T>(rows, width));
+    auto partial = memory.template allocate<accum_t<T>>(partial_rows(rows), 2 * width);
+    backend_of<layer_norm, P>::backward(policy, in, d_s, d_weight, d_bias, partial);
+  }
+
+  /// The parameters' gradients are summed over blocks of this many rows, then over blocks, in order.
+  static constexpr std::int64_t rows_per_partial = 64;
+  static constexpr std::int64_t partial_rows(std::int64_t rows) { return (rows + rows_per_partial - 1) / rows_per_partial; }
+  template <storage T>
+  static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t width) {
+    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(partial_rows(rows) * 2 * width));
+  }
+};
+
+}  // namespace blackmamba
+
+#include <blackmamba/ops/layer_norm/layer_norm_cpu.hpp>
