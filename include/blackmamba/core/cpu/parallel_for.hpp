@@ -9,17 +9,13 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
-
 namespace blackmamba::cpu {
 
 namespace detail {
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
-  _mm_pause();
+  __builtin_ia32_pause();  // <immintrin.h> for this one would cost every includer a quarter of a second
 #endif
 }
 
