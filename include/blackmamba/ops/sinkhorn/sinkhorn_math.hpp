@@ -1,0 +1,111 @@
+#pragma once
+#include <blackmamba/core/math.hpp>
+
+#include <cstdint>
+
+/// The Sinkhorn update, for one row or column (T is float or double, on any device) or one in each lane (T is a pack).
+namespace blackmamba::math {
+
+/// The published loop's guard against division by zero.
+inline constexpr double sinkhorn_epsilon = 1e-8;
+/// Rows without a vote have K = 0 and hence the sum 0; this keeps their scale finite and leaves every other sum as it is.
+inline constexpr float sinkhorn_no_vote = 1.17549435e-38f;
+
+/// Scale of a row (or, in the published loop, of a column) that gives it the wanted mass.
+template <class T>
+BLACKMAMBA_HD BLACKMAMBA_INLINE T sinkhorn_scale(T sum, T mass, T epsilon) {
+  return mass / (sum + epsilon);
+}
+/// The column step g += log(1/E) - log(c), where c is the column's marginal.
+BLACKMAMBA_HD BLACKMAMBA_INLINE double sinkhorn_column_step(double log_marginal, std::int64_t experts) {
+  return -(log(static_cast<double>(experts)) + log_marginal);
+}
+/// |E c - 1|
+BLACKMAMBA_HD BLACKMAMBA_INLINE double sinkhorn_error(double marginal, std::int64_t experts) {
+  return abs(static_cast<double>(experts) * marginal - 1);
+}
+
+/// log of a sum of exponentials, without overflow or underflow.
+struct log_sum {
+  double largest = -INFINITY, sum = 0;  // the value is largest + log(sum)
+
+  BLACKMAMBA_HD void add(double x) { merge({x, 1}); }
+  BLACKMAMBA_HD void merge(log_sum other) {
+    if (other.sum == 0) return;
+    if (other.largest > largest) {
+      sum = sum * exp(largest - other.largest) + other.sum;
+      largest = other.largest;
+    } else {
+      sum += other.sum * exp(other.largest - largest);
+    }
+  }
+  BLACKMAMBA_HD double value() const { return largest + log(sum); }
+};
+
+/// Solves the Newton equation  L d = b  with  L = diag(sum_k s_jk) - s, where s_jk = mean_i p_ij p_ik (j != k): the Hessian
+/// of the concave dual  mean_j g_j - mean_i log sum_j e^(beta x_ij + g_j),  with its sign turned. L is the Laplacian of a
+/// graph with positive weights: singular along the vector of ones, so d[n-1] = 0 and n-1 unknowns are left. Eliminating
+/// one node after another needs no subtraction (Grassmann, Taksar and Heyman, 1985), so nothing cancels.
+///
+/// @param s  (n, n) symmetric, the diagonal is not read; overwritten
+/// @param d  in: b, with sum zero; out: the solution
+/// Returns whether there is one: not where experts fall into groups that share no token.
+BLACKMAMBA_HD inline bool sinkhorn_newton_step(std::int64_t n, double* s, double* d) {
+  for (std::int64_t k = 0; k + 1 < n; ++k) {
+    double degree = 0;
+    for (std::int64_t j = k + 1; j < n; ++j) degree += s[k * n + j];
+    if (!(degree > 1e-300)) return false;
+    s[k * n + k] = degree;
+    for (std::int64_t j = k + 1; j < n; ++j) {
+      double const share = s[k * n + j] / degree;
+      d[j] += share * d[k];
+      for (std::int64_t i = j + 1; i < n; ++i) {
+        s[j * n + i] += share * s[k * n + i];
+      }
+    }
+  }
+  if (n > 0) d[n - 1] = 0;
+  for (std::int64_t k = n - 2; k >= 0; --k) {
+    double sum = d[k];
+    for (std::int64_t j = k + 1; j < n; ++j) sum += s[k * n + j] * d[j];
+    d[k] = sum / s[k * n + k];
+    if (!(abs(d[k]) < 1e4)) return false;
+  }
+  return true;
+}
+
+/// What the iteration does next, told from the error that a sweep has found: the safeguard around Newton's step.
+///
+/// Newton's step is tried once the error is below newton_below (1/2: further out it is no better than the fixed point). A
+/// trial that does not reduce the error is taken back, the fixed-point step is made from where it started, and the next trial
+/// waits until the error has halved. So the error never stays above what the fixed-point iteration alone would reach.
+struct sinkhorn_progress {
+  enum class action { stop, stop_at_saved, fixed_point, fixed_point_from_saved, newton };
+
+  double tolerance;      ///< stop at this error; negative: never
+  std::int32_t limit;    ///< stop after so many steps
+  double newton_below;   ///< 0: no Newton steps
+  std::int32_t passes = 0;
+  double saved_error = INFINITY;  ///< of the offset before the trial
+  bool trial = false;
+
+  BLACKMAMBA_HD action next(double error) {
+    bool const worse = trial && !(error < saved_error);
+    trial = false;
+    if (worse) newton_below = saved_error / 2;
+    if (passes >= limit || (!worse && error <= tolerance)) return worse ? action::stop_at_saved : action::stop;
+    ++passes;
+    if (worse) return action::fixed_point_from_saved;
+    if (!(error < newton_below)) return action::fixed_point;
+    trial = true;
+    saved_error = error;
+    return action::newton;
+  }
+  /// The Newton equation has no solution: the fixed-point step is made in its place.
+  BLACKMAMBA_HD void give_up_newton() {
+    trial = false;
+    newton_below = saved_error / 2;
+  }
+};
+
+}  // namespace blackmamba::math
