@@ -1,0 +1,217 @@
+#pragma once
+#include <blackmamba/core/error.hpp>
+#include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/workspace.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+namespace blackmamba {
+
+/// Causal multi-head attention with rotary positions (Vaswani et al., arXiv 1706.03762, eq. 1; Su et al., arXiv
+/// 2104.09864) and grouped key/value heads (Ainslie et al., arXiv 2305.13245): query head h reads key/value head
+/// h / (Hq / Hkv).
+///
+///   y[i] = sum_{j <= i} p_ij v[j],  p_ij = exp(s_ij - lse_i),  s_ij = R_i q[i] . R_j k[j] / sqrt(dh),
+///   lse_i = log sum_{j <= i} exp(s_ij)
+///
+/// R_i turns elements (m, m + dh/2) of a head by the angle i rotary_base^(-2m/dh). Positions i, j count from 0 in each
+/// sequence, or go on from what the cache holds. The softmax is streamed over tiles of keys (Dao et al., arXiv
+/// 2205.14135): memory grows with L, not L^2.
+///
+/// Sequences are rows of the batch, or with cu_seqlens the pieces [cu_seqlens[s], cu_seqlens[s+1]) of the one row;
+/// attention never crosses them. S stands for the number of sequences.
+/// Bitwise repeatable, independent of the number of threads and of the other sequences. Arithmetic in accum_t<T>; the
+/// angles are made in double.
+struct attention {
+  template <device_policy P, storage T>
+  struct inputs {
+    in<P, T, dyn, dyn, dyn, dyn> q;           // (B, L, Hq, dh)   dh even, 2..256; slices of one projection are fine
+    in<P, T, dyn, dyn, dyn, dyn> k;           // (B, L, Hkv, dh)  Hkv divides Hq
+    in<P, T, dyn, dyn, dyn, dyn> v;           // (B, L, Hkv, dh)
+    in<P, std::int64_t, dyn> cu_seqlens = {};  // (S + 1)  optional; B = 1; from 0 to L, non-decreasing
+    float rotary_base = 10000;                // 0: no rotary positions
+  };
+  /// Keys and values of the tokens seen so far. Keys are kept as the scores use them: rotated, then rounded to T.
+  template <device_policy P, storage T>
+  struct cache {
+    out<P, T, dyn, dyn, dyn, dyn> key = {};    // (S, capacity, Hkv, dh)
+    out<P, T, dyn, dyn, dyn, dyn> value = {};  // (S, capacity, Hkv, dh)
+    out<P, std::int32_t, dyn> length = {};     // (S)  tokens held; zero to begin with
+  };
+  template <device_policy P, storage T>
+  struct results {
+    out<P, accum_t<T>, dyn, dyn, dyn> lse = {};  // (B, Hq, L)  optional; what backward needs
+    attention::cache<P, T> cache = {};           // optional; see forward
+  };
+  /// y (B, L, Hq, dh); may be strided, aliases nothing.
+  ///
+  /// With a cache, the L tokens of each sequence are appended to it, and attend over everything that it holds: a prompt
+  /// may come in pieces, and gives the same bits as whole. Tokens that would exceed the capacity: value_error, nothing is changed (cpu;
+  /// on other devices a precondition).
+  /// Scratch: scratch_bytes<T>(B, L, dh, rotary, cached).
+  template <device_policy P, storage T>
+  static void forward(P const& policy, inputs<P, T> const& in, out<P, T, dyn, dyn, dyn, dyn> y,
+                      results<P, T> const& keep = {}) {
+    auto const batch = y.extent(0), length = y.extent(1), heads = y.extent(2), head_dim = y.extent(3);
+    bool const cached = keep.cache.key.present() || keep.cache.value.present() || keep.cache.length.present();
+    check_inputs("attention", in, batch, length, heads, head_dim);
+    check_optional_shape("attention", "lse", keep.lse, {batch, heads, length});
+    if (cached) check_cache("attention", keep.cache, sequences(batch, in.cu_seqlens), in.k.extent(2), head_dim);
+    if (y.size() == 0) return;
+    scratch<P> memory(policy, scratch_bytes<T>(batch, length, head_dim, in.rotary_base != 0, cached));
+    auto const tables = allocate_rotary<T>(memory, in.rotary_base != 0 ? (cached ? batch * length : length) : 0, head_dim);
+    backend_of<attention, P>::forward(policy, in, y, keep, tables);
+  }
+
+  template <device_policy P, storage T>
+  struct gradient_inputs {
+    in<P, T, dyn, dyn, dyn, dyn> q;             // (B, L, Hq, dh)
+    in<P, T, dyn, dyn, dyn, dyn> k;             // (B, L, Hkv, dh)
+    in<P, T, dyn, dyn, dyn, dyn> v;             // (B, L, Hkv, dh)
+    in<P, T, dyn, dyn, dyn, dyn> y;             // (B, L, Hq, dh)  from forward, without a cache
+    in<P, accum_t<T>, dyn, dyn, dyn> lse;       // (B, Hq, L)      from forward
+    in<P, T, dyn, dyn, dyn, dyn> d_y;           // (B, L, Hq, dh)
+    in<P, std::int64_t, dyn> cu_seqlens = {};   // (S + 1)  optional
+    float rotary_base = 10000;
+  };
+  /// Overwritten. They may be slices of one d_qkv; they alias no input.
+  template <device_policy P, storage T>
+  struct gradients {
+    out<P, T, dyn, dyn, dyn, dyn> d_q;  // (B, L, Hq, dh)
+    out<P, T, dyn, dyn, dyn, dyn> d_k;  // (B, L, Hkv, dh)
+    out<P, T, dyn, dyn, dyn, dyn> d_v;  // (B, L, Hkv, dh)
+  };
+  /// With dp_ij = d_y[i] . v[j] and ds_ij = p_ij (dp_ij - d_y[i] . y[i]) / sqrt(dh):
+  ///   d_v[j] = sum_i p_ij d_y[i],  d_q[i] = R_i^T sum_j ds_ij R_j k[j],  d_k[j] = R_j^T sum_i ds_ij R_i q[i]
+  /// where d_k and d_v also sum over the query heads that share a key/value head. The scores are computed again.
+  /// Scratch: backward_scratch_bytes<T>(B, L, Hq, dh, rotary).
+  template <device_policy P, storage T>
+  static void backward(P const& policy, gradient_inputs<P, T> const& in, gradients<P, T> const& grad) {
+    auto const batch = grad.d_q.extent(0), length = grad.d_q.extent(1), heads = grad.d_q.extent(2),
+               head_dim = grad.d_q.extent(3);
+    check_inputs("attention.backward", in, batch, length, heads, head_dim);
+    auto const kv_heads = in.k.extent(2);
+    check_shape("attention.backward", "y", in.y, {batch, length, heads, head_dim});
+    check_shape("attention.backward", "lse", in.lse, {batch, heads, length});
+    check_shape("attention.backward", "d_y", in.d_y, {batch, length, heads, head_dim});
+    check_shape("attention.backward", "d_k", grad.d_k, {batch, length, kv_heads, head_dim});
+    check_shape("attention.backward", "d_v", grad.d_v, {batch, length, kv_heads, head_dim});
+    if (grad.d_q.size() == 0) return;
+    scratch<P> memory(policy, backward_scratch_bytes<T>(batch, length, heads, head_dim, in.rotary_base != 0));
+    auto const tables = allocate_rotary<T>(memory, in.rotary_base != 0 ? length : 0, head_dim);
+    auto const delta = memory.template allocate<accum_t<T>>(batch, heads, length);
+    backend_of<attention, P>::backward(policy, in, grad, tables, delta);
+  }
+
+  template <device_policy P, storage T>
+  struct step_inputs {
+    in<P, T, dyn, dyn, dyn> q;  // (B, Hq, dh)
+    in<P, T, dyn, dyn, dyn> k;  // (B, Hkv, dh)
+    in<P, T, dyn, dyn, dyn> v;  // (B, Hkv, dh)
+    float rotary_base = 10000;
+  };
+  /// One token for each sequence: forward with L = 1, reading the cache once. y (B, Hq, dh).
+  /// Scratch: step_scratch_bytes<T>(B, Hq, dh, capacity).
+  template <device_policy P, storage T>
+  static void step(P const& policy, step_inputs<P, T> const& in, attention::cache<P, T> const& state,
+                   out<P, T, dyn, dyn, dyn> y) {
+    auto const batch = y.extent(0), heads = y.extent(1), head_dim = y.extent(2), kv_heads = in.k.extent(1);
+    check_heads("attention.step", heads, kv_heads, head_dim, in.rotary_base);
+    check_shape("attention.step", "q", in.q, {batch, heads, head_dim});
+    check_shape("attention.step", "k", in.k, {batch, kv_heads, head_dim});
+    check_shape("attention.step", "v", in.v, {batch, kv_heads, head_dim});
+    check_cache("attention.step", state, batch, kv_heads, head_dim);
+    if (y.size() == 0) return;
+    auto const capacity = state.key.extent(1);
+    scratch<P> memory(policy, step_scratch_bytes<T>(batch, heads, head_dim, capacity));
+    auto const angles = memory.template allocate<accum_t<T>>(batch, head_dim);
+    auto const partial = memory.template allocate<accum_t<T>>(batch, heads, step_chunks(capacity), head_dim + 2);
+    backend_of<attention, P>::step(policy, in, state, y, angles, partial);
+  }
+
+  /// Largest head dimension.
+  static constexpr std::int64_t max_head_dim = 256;
+  /// Positions whose angles are built from one another.
+  static constexpr std::int64_t rotary_block = 64;
+  /// A step divides the keys of one head into chunks of this many, so that one long sequence occupies several cores.
+  static constexpr std::int64_t step_chunk = 512;
+  static constexpr std::int64_t step_chunks(std::int64_t keys) { return (keys + step_chunk - 1) / step_chunk; }
+
+  /// Cosines (first half of a row) and sines (second half) of the rotary angles, scratch.
+  template <device_policy P, storage T>
+  struct rotary_tables {
+    out<P, accum_t<T>, dyn, dyn> angles;  // (positions, dh)
+    out<P, double, dyn, dyn> steps;       // (rotary_block, dh)  of the first positions, in double
+  };
+
+  template <storage T>
+  static constexpr std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t head_dim, bool rotary,
+                                             bool cached) {
+    return rotary ? rotary_bytes<T>(cached ? batch * length : length, head_dim) : 0;
+  }
+  template <storage T>
+  static constexpr std::size_t backward_scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t heads,
+                                                      std::int64_t head_dim, bool rotary) {
+    return (rotary ? rotary_bytes<T>(length, head_dim) : 0) +
+           scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(batch * heads * length));
+  }
+  template <storage T>
+  static constexpr std::size_t step_scratch_bytes(std::int64_t batch, std::int64_t heads, std::int64_t head_dim,
+                                                  std::int64_t capacity) {
+    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(batch * head_dim),
+                       sizeof(accum_t<T>) * static_cast<std::size_t>(batch * heads * step_chunks(capacity) * (head_dim + 2)));
+  }
+
+ private:
+  template <storage T>
+  static constexpr std::size_t rotary_bytes(std::int64_t positions, std::int64_t head_dim) {
+    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(positions * head_dim),
+                       sizeof(double) * static_cast<std::size_t>(rotary_block * head_dim));
+  }
+  template <storage T, device_policy P>
+  static rotary_tables<P, T> allocate_rotary(scratch<P>& memory, std::int64_t positions, std::int64_t head_dim) {
+    if (positions == 0) return {};
+    auto const angles = memory.template allocate<accum_t<T>>(positions, head_dim);
+    auto const steps = memory.template allocate<double>(rotary_block, head_dim);
+    return {angles, steps};
+  }
+  template <class Offsets>
+  static std::int64_t sequences(std::int64_t batch, Offsets const& cu_seqlens) {
+    return cu_seqlens.present() ? cu_seqlens.extent(0) - 1 : batch;
+  }
+  static void check_heads(char const* op, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, float base) {
+    check_that(head_dim >= 2 && head_dim <= max_head_dim && head_dim % 2 == 0, op, "head dimension",
+               std::to_string(head_dim), "an even number from 2 to " + std::to_string(max_head_dim));
+    check_that(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, op, "k",
+               std::to_string(kv_heads) + " key/value heads", "a divisor of the " + std::to_string(heads) + " query heads");
+    if (!(base >= 0))
+      throw value_error(std::string(op) + ": rotary_base: got " + std::to_string(base) + ", expected a positive number, or 0 for none");
+  }
+  template <class Inputs>
+  static void check_inputs(char const* op, Inputs const& in, std::int64_t batch, std::int64_t length, std::int64_t heads,
+                           std::int64_t head_dim) {
+    auto const kv_heads = in.k.extent(2);
+    check_heads(op, heads, kv_heads, head_dim, in.rotary_base);
+    check_shape(op, "q", in.q, {batch, length, heads, head_dim});
+    check_shape(op, "k", in.k, {batch, length, kv_heads, head_dim});
+    check_shape(op, "v", in.v, {batch, length, kv_heads, head_dim});
+    if (in.cu_seqlens.present()) {
+      check_that(batch == 1, op, "cu_seqlens", "a batch of " + std::to_string(batch) + " rows", "one row of packed sequences");
+      check_that(in.cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
+    }
+  }
+  template <class Cache>
+  static void check_cache(char const* op, Cache const& held, std::int64_t sequences, std::int64_t kv_heads,
+                          std::int64_t head_dim) {
+    check_shape(op, "cache.key", held.key, {sequences, -1, kv_heads, head_dim});
+    check_shape(op, "cache.value", held.value, {sequences, held.key.extent(1), kv_heads, head_dim});
+    check_shape(op, "cache.length", held.length, {sequences});
+  }
+};
+
+}  // namespace blackmamba
+
+#include <blackmamba/ops/attention/attention_cpu.hpp>

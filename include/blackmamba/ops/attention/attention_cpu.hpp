@@ -1,0 +1,284 @@
+#pragma once
+#include <blackmamba/core/cpu/parallel_for.hpp>
+#include <blackmamba/ops/attention/attention.hpp>
+#include <blackmamba/ops/attention/attention_work_cpu.hpp>
+
+#include <algorithm>
+#include <vector>
+
+namespace blackmamba {
+
+/// Work is divided into (sequence, head, tile of queries or keys); tiles start at the sequence's first position, so that
+/// a sequence's bits depend neither on its neighbours nor on the pieces that it came in.
+template <>
+struct backend<attention, device::cpu> {
+  using policy_type = device::cpu;
+
+  template <class T>
+  static void forward(policy_type const& policy, attention::inputs<policy_type, T> const& in,
+                      host_view<T, dyn, dyn, dyn, dyn> y, attention::results<policy_type, T> const& keep,
+                      attention::rotary_tables<policy_type, T> const& tables) {
+    using A = accum_t<T>;
+    auto const& held = keep.cache;
+    bool const cached = held.key.present();
+    auto list = sequences("attention", in.q, in.cu_seqlens);
+    if (cached)
+      for (auto& s : list) {
+        s.past = held.length(s.index);
+        s.angles = s.batch * in.q.extent(1) + s.first;
+        check_capacity("attention", s.index, s.past, s.rows, held.key.extent(1));
+      }
+    if (tables.angles.present()) {
+      if (cached)
+        fill_tables(policy, list, in.rotary_base, tables.angles, tables.steps);
+      else
+        fill_tables(policy, {sequence{.rows = in.q.extent(1)}}, in.rotary_base, tables.angles, tables.steps);
+    }
+    if (cached) append(policy, in, list, held, tables.angles);
+
+    std::int64_t const heads = y.extent(2), share = heads / in.k.extent(2);
+    for_tiles(policy, list, heads, [&](auto&& each_tile) {
+      attention_tiles::forward_tile<A> work(y.extent(3));
+      each_tile([&](sequence const& s, std::int64_t head, std::int64_t first, std::int64_t rows) {
+        A const* const angles = tables.angles.present() ? tables.angles.row(s.angles) : nullptr;
+        std::int64_t const kv_head = head / share;
+        auto const k = cached ? rows_of(held.key, s.index, 0, kv_head) : rows_of(in.k, s.batch, s.first, kv_head, angles);
+        auto const v = cached ? rows_of(held.value, s.index, 0, kv_head) : rows_of(in.v, s.batch, s.first, kv_head);
+        work.run(rows_of(in.q, s.batch, s.first, head, angles), k, v, first, rows, s.past + first);
+        work.write(rows, y.row(s.batch, s.first + first, head), y.stride(1),
+                   keep.lse.present() ? keep.lse.row(s.batch, head) + s.first + first : nullptr);
+      });
+    });
+    if (cached)
+      for (auto const& s : list) held.length(s.index) += static_cast<std::int32_t>(s.rows);
+  }
+
+  template <class T>
+  static void backward(policy_type const& policy, attention::gradient_inputs<policy_type, T> const& in,
+                       attention::gradients<policy_type, T> const& grad,
+                       attention::rotary_tables<policy_type, T> const& tables,
+                       host_view<accum_t<T>, dyn, dyn, dyn> delta) {
+    using A = accum_t<T>;
+    std::int64_t const heads = in.q.extent(2), kv_heads = in.k.extent(2), head_dim = in.q.extent(3);
+    std::int64_t const share = heads / kv_heads;
+    auto const list = sequences("attention.backward", in.q, in.cu_seqlens);
+    A const* angles = nullptr;
+    if (tables.angles.present()) {
+      fill_tables(policy, {sequence{.rows = in.q.extent(1)}}, in.rotary_base, tables.angles, tables.steps);
+      angles = tables.angles.data();
+    }
+    fill_delta(policy, in, delta);
+    for_tiles(policy, list, heads, [&](auto&& each_tile) {
+      attention_tiles::query_gradient_tile<A> work(head_dim);
+      each_tile([&](sequence const& s, std::int64_t head, std::int64_t first, std::int64_t rows) {
+        work.run(rows_of(in.q, s.batch, s.first, head, angles), rows_of(in.k, s.batch, s.first, head / share, angles),
+                 rows_of(in.v, s.batch, s.first, head / share), rows_of(in.d_y, s.batch, s.first, head),
+                 in.lse.row(s.batch, head) + s.first, delta.row(s.batch, head) + s.first, first, rows);
+        work.write(angles, first, rows, grad.d_q.row(s.batch, s.first, head), grad.d_q.stride(1));
+      });
+    });
+    for_tiles(policy, list, kv_heads, [&](auto&& each_tile) {
+      attention_tiles::key_gradient_tile<A> work(head_dim);
+      each_tile([&](sequence const& s, std::int64_t kv_head, std::int64_t first, std::int64_t rows) {
+        work.begin(rows_of(in.k, s.batch, s.first, kv_head, angles), rows_of(in.v, s.batch, s.first, kv_head), first, rows);
+        for (std::int64_t head = kv_head * share; head < (kv_head + 1) * share; ++head)
+          for (std::int64_t query = first; query < s.rows; query += attention_tiles::tile)
+            work.add(rows_of(in.q, s.batch, s.first, head, angles), rows_of(in.d_y, s.batch, s.first, head),
+                     in.lse.row(s.batch, head) + s.first, delta.row(s.batch, head) + s.first, query,
+                     std::min(attention_tiles::tile, s.rows - query));
+        work.write(angles, grad.d_k.row(s.batch, s.first, kv_head), grad.d_k.stride(1),
+                   grad.d_v.row(s.batch, s.first, kv_head), grad.d_v.stride(1));
+      });
+    });
+  }
+
+  template <class T>
+  static void step(policy_type const& policy, attention::step_inputs<policy_type, T> const& in,
+                   attention::cache<policy_type, T> const& held, host_view<T, dyn, dyn, dyn> y,
+                   host_view<accum_t<T>, dyn, dyn> angles, host_view<accum_t<T>, dyn, dyn, dyn, dyn> partial) {
+    using A = accum_t<T>;
+    std::int64_t const batch = y.extent(0), heads = y.extent(1), head_dim = y.extent(2);
+    std::int64_t const kv_heads = in.k.extent(1), share = heads / kv_heads;
+    bool const rotary = in.rotary_base != 0;
+    std::int64_t longest = 0;
+    for (std::int64_t b = 0; b < batch; ++b) {
+      check_capacity("attention.step", b, held.length(b), 1, held.key.extent(1));
+      longest = std::max<std::int64_t>(longest, held.length(b) + 1);
+    }
+    if (rotary)
+      cpu::parallel_for(policy.threads, batch, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t b = begin; b < end; ++b) fill_angles(held.length(b), head_dim, in.rotary_base, angles.row(b));
+      });
+    std::int64_t const chunks = attention::step_chunks(longest);
+    cpu::parallel_for(policy.threads, batch * kv_heads * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
+      attention_tiles::step_work<A> work(share, head_dim, attention::step_chunk);
+      for (std::int64_t task = begin; task < end; ++task) {
+        std::int64_t const b = task / (kv_heads * chunks), head = task / chunks % kv_heads, chunk = task % chunks;
+        std::int64_t const last = held.length(b), first = chunk * attention::step_chunk;
+        if (first > last) continue;
+        std::int64_t const keys = std::min(attention::step_chunk, last + 1 - first);
+        A const* const turn = rotary ? angles.row(b) : nullptr;
+        if (first + keys > last) {  // the chunk that the new token is in; nobody else reads its row
+          attention_tiles::rotate_row<false>(in.k.row(b, head), head_dim, turn, A(1), held.key.row(b, last, head));
+          std::copy_n(in.v.row(b, head), head_dim, held.value.row(b, last, head));
+        }
+        work.run(in.q.row(b, head * share), in.q.stride(1), turn, rows_of(held.key, b, first, head),
+                 rows_of(held.value, b, first, head), keys, partial.row(b, head * share, chunk), partial.stride(1));
+      }
+    });
+    cpu::parallel_for(policy.threads, batch * heads, 4, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) {
+        std::int64_t const b = task / heads, head = task % heads;
+        attention_tiles::combine_chunks(partial.row(b, head, 0), attention::step_chunks(held.length(b) + 1), head_dim, y.row(b, head));
+      }
+    });
+    for (std::int64_t b = 0; b < batch; ++b) ++held.length(b);
+  }
+
+ private:
+  /// One sequence: rows [first, first + rows) of row `batch` of the batch, after `past` tokens in the cache. Its angles
+  /// begin at row `angles` of the table.
+  struct sequence {
+    std::int64_t index = 0, batch = 0, first = 0, rows = 0, past = 0, angles = 0;
+  };
+
+  template <class Q, class Offsets>
+  static std::vector<sequence> sequences(char const* op, Q const& q, Offsets const& cu_seqlens) {
+    std::vector<sequence> list;
+    std::int64_t const length = q.extent(1);
+    if (!cu_seqlens.present()) {
+      for (std::int64_t b = 0; b < q.extent(0); ++b) list.push_back({.index = b, .batch = b, .rows = length});
+      return list;
+    }
+    auto const check = [&](bool good, std::int64_t i) {
+      if (!good)
+        throw value_error(std::string(op) + ": cu_seqlens: got " + std::to_string(cu_seqlens(i)) + " at index " +
+                          std::to_string(i) + ", expected offsets that rise from 0 to " + std::to_string(length));
+    };
+    std::int64_t const last = cu_seqlens.extent(0) - 1;
+    check(cu_seqlens(0) == 0, 0);
+    for (std::int64_t s = 0; s < last; ++s) {
+      check(cu_seqlens(s + 1) >= cu_seqlens(s), s + 1);
+      list.push_back({.index = s, .first = cu_seqlens(s), .rows = cu_seqlens(s + 1) - cu_seqlens(s)});
+    }
+    check(cu_seqlens(last) == length, last);
+    return list;
+  }
+
+  static void check_capacity(char const* op, std::int64_t sequence, std::int64_t held, std::int64_t more,
+                             std::int64_t capacity) {
+    if (held < 0 || held + more > capacity)
+      throw value_error(std::string(op) + ": cache: sequence " + std::to_string(sequence) + " holds " +
+                        std::to_string(held) + " tokens and gets " + std::to_string(more) + ", which exceeds the capacity " +
+                        std::to_string(capacity));
+  }
+
+  /// One head of x from row `first` on.
+  template <class X>
+  static auto rows_of(X const& x, std::int64_t batch, std::int64_t first, std::int64_t head,
+                      accum_t<typename X::value_type> const* angles = nullptr) {
+    return attention_tiles::head_rows<typename X::value_type>{x.row(batch, first, head), x.stride(1), angles};
+  }
+
+  /// Cosines and sines of the angles at one position.
+  template <class To>
+  static void fill_angles(std::int64_t position, std::int64_t head_dim, float base, To* to) {
+    std::int64_t const half = head_dim / 2;
+    for (std::int64_t m = 0; m < half; ++m) {
+      double const angle = static_cast<double>(position) * attention_math::rotary_frequency(m, head_dim, double(base));
+      to[m] = static_cast<To>(std::cos(angle));
+      to[half + m] = static_cast<To>(std::sin(angle));
+    }
+  }
+  /// The same for all positions of the sequences: the angle at a multiple of the block, plus a step within the block. What
+  /// a position gets does not depend on where its sequence was cut.
+  template <class A>
+  static void fill_tables(policy_type const& policy, std::vector<sequence> const& list, float base,
+                          host_view<A, dyn, dyn> angles, host_view<double, dyn, dyn> steps) {
+    constexpr std::int64_t block = attention::rotary_block;
+    std::int64_t const head_dim = angles.extent(1), half = head_dim / 2;
+    cpu::parallel_for(policy.threads, block, 8, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) fill_angles(i, head_dim, base, steps.row(i));
+    });
+    for (auto const& s : list) {
+      std::int64_t const first_block = s.past / block, blocks = (s.past + s.rows + block - 1) / block - first_block;
+      cpu::parallel_for(policy.threads, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+        double at[attention::max_head_dim];
+        for (std::int64_t b = first_block + begin; b < first_block + end; ++b) {
+          fill_angles(b * block, head_dim, base, at);
+          std::int64_t const last = std::min((b + 1) * block, s.past + s.rows);
+          for (std::int64_t position = std::max(b * block, s.past); position < last; ++position) {
+            A* const to = angles.row(s.angles + position - s.past);
+            double const* const step = steps.row(position - b * block);
+            for (std::int64_t m = 0; m < half; ++m) {
+              auto const sum = attention_math::rotate<double>({at[m], at[half + m]}, step[m], step[half + m]);
+              to[m] = static_cast<A>(sum.first);
+              to[half + m] = static_cast<A>(sum.second);
+            }
+          }
+        }
+      });
+    }
+  }
+
+  /// Writes the new keys, turned, and values behind those that the cache holds.
+  template <class T>
+  static void append(policy_type const& policy, attention::inputs<policy_type, T> const& in,
+                     std::vector<sequence> const& list, attention::cache<policy_type, T> const& held,
+                     host_view<accum_t<T>, dyn, dyn> angles) {
+    using A = accum_t<T>;
+    std::int64_t const kv_heads = in.k.extent(2), head_dim = in.k.extent(3);
+    for (auto const& s : list)
+      cpu::parallel_for(policy.threads, s.rows, 16, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i)
+          for (std::int64_t head = 0; head < kv_heads; ++head) {
+            attention_tiles::rotate_row<false>(in.k.row(s.batch, s.first + i, head), head_dim,
+                                               angles.present() ? angles.row(s.angles + i) : nullptr, A(1),
+                                               held.key.row(s.index, s.past + i, head));
+            std::copy_n(in.v.row(s.batch, s.first + i, head), head_dim, held.value.row(s.index, s.past + i, head));
+          }
+      });
+  }
+
+  /// delta = d_y . y for each query and head.
+  template <class T>
+  static void fill_delta(policy_type const& policy, attention::gradient_inputs<policy_type, T> const& in,
+                         host_view<accum_t<T>, dyn, dyn, dyn> delta) {
+    using V = simd::pack<accum_t<T>>;
+    std::int64_t const heads = delta.extent(1), length = delta.extent(2);
+    cpu::parallel_for(policy.threads, delta.extent(0) * length, 16, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row) {
+        std::int64_t const b = row / length, i = row % length;
+        for (std::int64_t h = 0; h < heads; ++h) {
+          V sum = 0;
+          simd::for_packs<V::lanes>(in.y.extent(3), [&](std::int64_t d, auto lanes) {
+            sum = fma(simd::load<V>(in.y.row(b, i, h) + d, lanes), simd::load<V>(in.d_y.row(b, i, h) + d, lanes), sum);
+          });
+          delta(b, h, i) = simd::sum(sum);
+        }
+      }
+    });
+  }
+
+  /// Calls start(each_tile) on each thread; each_tile(work) calls work(sequence, head, first row, rows) for the thread's
+  /// share of all tiles. A sequence's tiles are taken from both ends in turn, for the mask makes work grow along it.
+  template <class Start>
+  static void for_tiles(policy_type const& policy, std::vector<sequence> const& list, std::int64_t heads, Start&& start) {
+    constexpr std::int64_t tile = attention_tiles::tile;
+    std::vector<std::int64_t> offset{0};
+    for (auto const& s : list) offset.push_back(offset.back() + heads * ((s.rows + tile - 1) / tile));
+    cpu::parallel_for(policy.threads, offset.back(), 1, [&](std::int64_t begin, std::int64_t end) {
+      start([&](auto&& work) {
+        auto s = static_cast<std::size_t>(std::upper_bound(offset.begin(), offset.end(), begin) - offset.begin() - 1);
+        for (std::int64_t task = begin; task < end; ++task) {
+          while (task >= offset[s + 1]) ++s;
+          std::int64_t const tiles = (list[s].rows + tile - 1) / tile, local = task - offset[s], n = local % tiles;
+          std::int64_t const first = (n % 2 == 0 ? n / 2 : tiles - 1 - n / 2) * tile;
+          work(list[s], local / tiles, first, std::min(tile, list[s].rows - first));
+        }
+      });
+    });
+  }
+};
+
+}  // namespace blackmamba
