@@ -16,6 +16,9 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE float  log(float x)    { return std::log(x); }
 BLACKMAMBA_HD BLACKMAMBA_INLINE double log(double x)   { return std::log(x); }
 BLACKMAMBA_HD BLACKMAMBA_INLINE float  log1p(float x)  { return std::log1p(x); }
 BLACKMAMBA_HD BLACKMAMBA_INLINE double log1p(double x) { return std::log1p(x); }
+/// log(1 + x) for x in [0, 1].
+BLACKMAMBA_HD BLACKMAMBA_INLINE float  log1p_unit(float x)  { return std::log1p(x); }
+BLACKMAMBA_HD BLACKMAMBA_INLINE double log1p_unit(double x) { return std::log1p(x); }
 BLACKMAMBA_HD BLACKMAMBA_INLINE float  sqrt(float x)   { return std::sqrt(x); }
 BLACKMAMBA_HD BLACKMAMBA_INLINE double sqrt(double x)  { return std::sqrt(x); }
 BLACKMAMBA_HD BLACKMAMBA_INLINE float  erf(float x)    { return std::erf(x); }
@@ -32,16 +35,29 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE float  select(bool c, float a, float b)   { retu
 BLACKMAMBA_HD BLACKMAMBA_INLINE double select(bool c, double a, double b) { return c ? a : b; }
 // clang-format on
 
+/// Phi(x) = (1 + erf(x / sqrt 2)) / 2, the normal distribution function, without cancellation in its left tail.
+BLACKMAMBA_HD BLACKMAMBA_INLINE double normal_cdf(double x) { return 0.5 * std::erfc(-0.70710678118654752440 * x); }
+BLACKMAMBA_HD BLACKMAMBA_INLINE float normal_cdf(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::normcdff(x);
+#else
+  return static_cast<float>(normal_cdf(static_cast<double>(x)));  // in float, the rounding of x / sqrt 2 would show
+#endif
+}
+/// phi(x) = e^(-x^2 / 2) / sqrt(2 pi), the normal density.
+BLACKMAMBA_HD BLACKMAMBA_INLINE double normal_pdf(double x) { return 0.39894228040143267794 * std::exp(-0.5 * x * x); }
+BLACKMAMBA_HD BLACKMAMBA_INLINE float normal_pdf(float x) { return 0.39894228040143267794f * std::exp(-0.5f * x * x); }
+
 /// 1 / (1 + e^-x)
 template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T sigmoid(T x) {
   return T(1) / (T(1) + exp(-x));
 }
 
-/// log(1 + e^x), with x itself above 20, where float can't tell the two apart.
+/// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|): neither overflow nor loss of small values.
 template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T softplus(T x) {
-  return select(x > T(20), x, log1p(exp(min(x, T(20)))));
+  return max(x, T(0)) + log1p_unit(exp(-abs(x)));
 }
 /// d softplus / dx = sigmoid(x)
 template <class T>
@@ -61,17 +77,15 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE T silu_derivative(T x) {
   return s * (T(1) + x * (T(1) - s));
 }
 
-/// x Phi(x) with the normal distribution function Phi(x) = (1 + erf(x / sqrt 2)) / 2: GELU without approximation.
+/// x Phi(x): GELU without approximation.
 template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T gelu(T x) {
-  return T(0.5) * x * (T(1) + erf(x * T(0.70710678118654752440)));
+  return x * normal_cdf(x);
 }
 /// d gelu / dx = Phi(x) + x phi(x)
 template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T gelu_derivative(T x) {
-  T const cdf = T(0.5) * (T(1) + erf(x * T(0.70710678118654752440)));
-  T const pdf = T(0.39894228040143267794) * exp(T(-0.5) * x * x);
-  return cdf + x * pdf;
+  return normal_cdf(x) + x * normal_pdf(x);
 }
 
 }  // namespace blackmamba::math

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 /// Vectors of N lanes for host code, on the compiler's vector extension (g++, clang++): the widest registers that the
@@ -31,6 +32,50 @@ struct vector_of {
 };
 template <class T>
 using integer_of = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+template <int N>
+using int_vector = typename vector_of<std::int32_t, N>::type;
+template <int N>
+using float_vector = typename vector_of<float, N>::type;
+template <class To, class From>
+BLACKMAMBA_INLINE To vector_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The 16-bit types, a pack at a time: the same arithmetic on bits as in numeric.hpp, with selections for its branches.
+template <int N>
+BLACKMAMBA_INLINE float_vector<N> widen_bits(int_vector<N> u, bfloat16) {
+  return vector_bits<float_vector<N>>(u << 16);
+}
+template <int N>
+BLACKMAMBA_INLINE float_vector<N> widen_bits(int_vector<N> u, half) {
+  int_vector<N> const shifted = (u & 0x7fff) << 13;
+  auto const finite = vector_bits<int_vector<N>>(vector_bits<float_vector<N>>(shifted) * 0x1p112f);
+  int_vector<N> const special = shifted | 0x7f800000;
+  return vector_bits<float_vector<N>>((shifted >= (0x7c00 << 13) ? special : finite) | ((u & 0x8000) << 16));
+}
+template <int N>
+BLACKMAMBA_INLINE int_vector<N> narrow_bits(float_vector<N> x, bfloat16) {
+  using u32 = typename vector_of<std::uint32_t, N>::type;
+  auto const u = vector_bits<u32>(x);
+  u32 const rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  u32 const quiet = (u >> 16) | 0x40u;
+  return vector_bits<int_vector<N>>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+template <int N>
+BLACKMAMBA_INLINE int_vector<N> narrow_bits(float_vector<N> x, half) {
+  auto const u = vector_bits<int_vector<N>>(x);
+  int_vector<N> const magnitude = u & 0x7fffffff;
+  int_vector<N> const normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  int_vector<N> const subnormal =
+      vector_bits<int_vector<N>>(vector_bits<float_vector<N>>(magnitude) + 0.5f) - 0x3f000000;
+  int_vector<N> const infinity = int_vector<N>{} + 0x7c00, nan = int_vector<N>{} + 0x7e00;
+  int_vector<N> const finite = magnitude < 0x38800000 ? subnormal : normal;
+  int_vector<N> const in_range = magnitude >= 0x477ff000 ? infinity : finite;
+  return (magnitude > 0x7f800000 ? nan : in_range) | ((u >> 16) & 0x8000);
+}
 }  // namespace detail
 
 /// The result of comparing packs: all bits of a lane set, or none.
@@ -58,7 +103,7 @@ struct pack {
   /// Every lane = x.
   template <class S>
     requires std::is_arithmetic_v<S>
-  BLACKMAMBA_INLINE pack(S x) : v(vector{} + static_cast<T>(x)) {}
+  BLACKMAMBA_INLINE pack(S x) : v(static_cast<T>(x) - vector{}) {}  // x - 0 is x even for -0, and folds to a broadcast
 
   /// Loads N consecutive values of any storage type, widened.
   template <class S>
@@ -66,11 +111,10 @@ struct pack {
     pack r;
     if constexpr (std::is_same_v<S, T>) {
       std::memcpy(&r.v, p, sizeof(r.v));
-    } else if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<T, float>) {
-      typename detail::vector_of<std::uint16_t, N>::type h;
-      std::memcpy(&h, p, sizeof(h));
-      auto const wide = __builtin_convertvector(h, typename detail::vector_of<std::uint32_t, N>::type) << 16;
-      std::memcpy(&r.v, &wide, sizeof(r.v));
+    } else if constexpr (!std::is_arithmetic_v<S> && std::is_same_v<T, float>) {
+      typename detail::vector_of<std::uint16_t, N>::type u;
+      std::memcpy(&u, p, sizeof(u));
+      r.v = detail::widen_bits<N>(__builtin_convertvector(u, detail::int_vector<N>), S{});
     } else if constexpr (std::is_arithmetic_v<S>) {
       typename detail::vector_of<S, N>::type s;
       std::memcpy(&s, p, sizeof(s));
@@ -92,16 +136,13 @@ struct pack {
   BLACKMAMBA_INLINE void store(S* p) const {
     if constexpr (std::is_same_v<S, T>) {
       std::memcpy(p, &v, sizeof(v));
-    } else if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<T, float>) {
-      using u32 = typename detail::vector_of<std::uint32_t, N>::type;
-      u32 u;
-      std::memcpy(&u, &v, sizeof(v));
-      u32 const rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-      u32 const quiet = (u >> 16) | 0x40u;
-      auto const is_nan = (u & 0x7fffffffu) > 0x7f800000u;
-      auto const chosen = __builtin_convertvector(is_nan ? quiet : rounded,
-                                                  typename detail::vector_of<std::uint16_t, N>::type);
-      std::memcpy(p, &chosen, sizeof(chosen));
+    } else if constexpr (!std::is_arithmetic_v<S> && std::is_same_v<T, float>) {
+      auto const u = __builtin_convertvector(detail::narrow_bits<N>(v, S{}),
+                                             typename detail::vector_of<std::uint16_t, N>::type);
+      std::memcpy(p, &u, sizeof(u));
+    } else if constexpr (std::is_arithmetic_v<S>) {
+      auto const s = __builtin_convertvector(v, typename detail::vector_of<S, N>::type);
+      std::memcpy(p, &s, sizeof(s));
     } else {
       for (int i = 0; i < N; ++i) p[i] = convert<S>(static_cast<T>(v[i]));
     }
@@ -135,9 +176,17 @@ struct pack {
   friend BLACKMAMBA_INLINE pack select(mask<T, N> m, pack a, pack b) { return m.v ? a.v : b.v; }
   friend BLACKMAMBA_INLINE pack max(pack a, pack b) { return a.v > b.v ? a.v : b.v; }
   friend BLACKMAMBA_INLINE pack min(pack a, pack b) { return a.v < b.v ? a.v : b.v; }
-  friend BLACKMAMBA_INLINE pack abs(pack a) { return a.v < 0 ? -a.v : a.v; }
   // clang-format on
 };
+
+/// |x|: the sign bit cleared.
+template <class T, int N>
+BLACKMAMBA_INLINE pack<T, N> abs(pack<T, N> x) {
+  using integer = detail::integer_of<T>;
+  using bits = typename detail::vector_of<integer, N>::type;
+  return detail::vector_bits<typename pack<T, N>::vector>(detail::vector_bits<bits>(x.v) &
+                                                          std::numeric_limits<integer>::max());
+}
 
 /// Applies a scalar function to each lane: for functions that nothing hot depends on.
 template <class T, int N, class F>
@@ -165,115 +214,6 @@ BLACKMAMBA_INLINE T max_lane(pack<T, N> x) {
   for (int i = 1; i < N; ++i) m = lane[i] > m ? lane[i] : m;
   return m;
 }
-
-namespace detail {
-template <int N>
-using int_vector = typename vector_of<std::int32_t, N>::type;
-template <int N>
-BLACKMAMBA_INLINE int_vector<N> as_int(pack<float, N> x) {
-  int_vector<N> i;
-  std::memcpy(&i, &x.v, sizeof(i));
-  return i;
-}
-template <int N>
-BLACKMAMBA_INLINE pack<float, N> as_float(int_vector<N> i) {
-  pack<float, N> x;
-  std::memcpy(&x.v, &i, sizeof(i));
-  return x;
-}
-/// 2^x for |x| <= 126; relative error below 2e-7. Adding 1.5 * 2^23 rounds x to the nearest integer and leaves that
-/// integer in the low bits; the remainder in [-1/2, 1/2] goes through a minimax polynomial.
-template <int N>
-BLACKMAMBA_INLINE pack<float, N> exp2_unclamped(pack<float, N> x) {
-  using V = pack<float, N>;
-  V const shifted = x + 12582912.0f;
-  V const r = x - (shifted - 12582912.0f);
-  V p = fma(V(1.535336188e-4f), r, V(1.339887440e-3f));
-  p = fma(p, r, V(9.618437357e-3f));
-  p = fma(p, r, V(5.550332471e-2f));
-  p = fma(p, r, V(2.402264791e-1f));
-  p = fma(p, r, V(6.931472028e-1f));
-  p = fma(p, r, V(1.0f));
-  return as_float<N>(as_int(p) + (as_int(shifted) << 23));
-}
-}  // namespace detail
-
-/// 2^x; zero below -126 (no subnormals), infinity from 128. Relative error below 2e-7.
-template <int N>
-BLACKMAMBA_INLINE pack<float, N> exp2(pack<float, N> x) {
-  using V = pack<float, N>;
-  V const y = detail::exp2_unclamped(min(max(x, V(-126.0f)), V(127.0f)));
-  V const high = select(x > V(127.0f), detail::exp2_unclamped(min(x, V(128.0f)) - V(1.0f)) * V(2.0f), y);
-  V const finite = select(x < V(-126.0f), V(0.0f), high);
-  return select(x == x, select(x >= V(128.0f), V(INFINITY), finite), x);
-}
-/// e^x; zero below -87.3 (no subnormals). Relative error below 2e-7.
-template <int N>
-BLACKMAMBA_INLINE pack<float, N> exp(pack<float, N> x) {
-  using V = pack<float, N>;
-  V const clamped = min(max(x, V(-87.3f)), V(88.7f));
-  V const shifted = fma(clamped, V(1.44269504f), V(12582912.0f));
-  V const n = shifted - 12582912.0f;
-  V r = fma(n, V(-0.693359375f), clamped);
-  r = fma(n, V(2.12194440e-4f), r);
-  V p = fma(V(1.9875691500e-4f), r, V(1.3981999507e-3f));
-  p = fma(p, r, V(8.3334519073e-3f));
-  p = fma(p, r, V(4.1665795894e-2f));
-  p = fma(p, r, V(1.6666665459e-1f));
-  p = fma(p, r, V(5.0000001201e-1f));
-  p = fma(p, r * r, r) + V(1.0f);
-  // Two steps of 2^(n/2) keep the exponent in range where n is 128.
-  auto const whole = detail::as_int(shifted) - 0x4b400000;
-  auto const first = whole >> 1;
-  V const y = p * detail::as_float<N>((first + 127) << 23) * detail::as_float<N>((whole - first + 127) << 23);
-  V const finite = select(x < V(-87.3f), V(0.0f), y);
-  return select(x == x, select(x > V(88.72283f), V(INFINITY), finite), x);
-}
-/// Natural logarithm of a positive normal number. Relative error below 2e-7 away from 1; absolute 1e-7 near 1.
-template <int N>
-BLACKMAMBA_INLINE pack<float, N> log(pack<float, N> x) {
-  using V = pack<float, N>;
-  // x = 2^e m with m in [sqrt(1/2), sqrt(2)).
-  auto const bits = detail::as_int(x) - 0x3f3504f3;
-  V const e = V(__builtin_convertvector(bits >> 23, typename V::vector));
-  V const m = detail::as_float<N>((bits & 0x007fffff) + 0x3f3504f3);
-  V const t = m - V(1.0f);
-  V p = fma(V(7.0376836292e-2f), t, V(-1.1514610310e-1f));
-  p = fma(p, t, V(1.1676998740e-1f));
-  p = fma(p, t, V(-1.2420140846e-1f));
-  p = fma(p, t, V(1.4249322787e-1f));
-  p = fma(p, t, V(-1.6668057665e-1f));
-  p = fma(p, t, V(2.0000714765e-1f));
-  p = fma(p, t, V(-2.4999993993e-1f));
-  p = fma(p, t, V(3.3333331174e-1f));
-  V const t2 = t * t;
-  V y = p * t * t2;
-  y = fma(e, V(-2.12194440e-4f), y);
-  y = fma(V(-0.5f), t2, y);
-  V const finite = fma(e, V(0.693359375f), t + y);
-  return select(x > V(0.0f), select(x == V(INFINITY), x, finite), select(x == V(0.0f), V(-INFINITY), V(NAN)));
-}
-/// log(1 + x) for x > -1, accurate for small x: the rounding of 1 + x is given back as its first-order term.
-template <int N>
-BLACKMAMBA_INLINE pack<float, N> log1p(pack<float, N> x) {
-  using V = pack<float, N>;
-  V const u = x + V(1.0f);
-  V const lost = x - (u - V(1.0f));
-  return select(u == V(INFINITY), u, log(u) + lost / u);
-}
-template <class T, int N>
-BLACKMAMBA_INLINE pack<T, N> sqrt(pack<T, N> x) {
-  return each_lane(x, [](T a) { return std::sqrt(a); });
-}
-
-// double serves references and gradient checks, where the library's own function per lane is what one wants.
-// clang-format off
-template <int N> BLACKMAMBA_INLINE pack<double, N> exp(pack<double, N> x)   { return each_lane(x, [](double a) { return std::exp(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> exp2(pack<double, N> x)  { return each_lane(x, [](double a) { return std::exp2(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> log(pack<double, N> x)   { return each_lane(x, [](double a) { return std::log(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> log1p(pack<double, N> x) { return each_lane(x, [](double a) { return std::log1p(a); }); }
-template <class T, int N> BLACKMAMBA_INLINE pack<T, N> erf(pack<T, N> x)    { return each_lane(x, [](T a) { return std::erf(a); }); }
-// clang-format on
 
 /// Calls body(index, lanes) over [0, n): full packs of N with the integral constant N, then one rest with an int.
 template <int N, class Body>
@@ -307,3 +247,5 @@ BLACKMAMBA_INLINE void store(V x, S* p, Lanes lanes) {
 }
 
 }  // namespace blackmamba::simd
+
+#include <blackmamba/core/cpu/simd_math.hpp>

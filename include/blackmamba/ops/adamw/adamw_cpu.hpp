@@ -55,18 +55,22 @@ struct backend<adamw, device::cpu> {
   template <class A>
   static void norm(device::cpu const& policy, host_view<A const, dyn> gradient, host_view<A, dyn> norm,
                    host_view<double, dyn> partial) {
-    using V = simd::pack<double, simd::width<float>>;
+    using V = simd::pack<double>;
     std::int64_t const n = gradient.extent(0);
     cpu::parallel_for(policy.threads, partial.extent(0), 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t block = begin; block < end; ++block) {
         A const* const g = gradient.data() + block * adamw::values_per_partial;
         std::int64_t const count = std::min(adamw::values_per_partial, n - block * adamw::values_per_partial);
-        V squares = 0;
-        simd::for_packs<V::lanes>(count, [&](std::int64_t i, auto lanes) {
-          V const x = simd::load<V>(g + i, lanes);
-          squares = fma(x, x, squares);
-        });
-        partial(block) = simd::sum(squares);
+        V squares[2] = {0, 0};
+        std::int64_t i = 0;
+        for (; i + 2 * V::lanes <= count; i += 2 * V::lanes)
+          for (int j = 0; j < 2; ++j) {
+            V const x = V::load(g + i + j * V::lanes);
+            squares[j] = fma(x, x, squares[j]);
+          }
+        double rest = 0;
+        for (; i < count; ++i) rest += static_cast<double>(g[i]) * static_cast<double>(g[i]);
+        partial(block) = simd::sum(squares[0] + squares[1]) + rest;
       }
     });
     double total = 0;
