@@ -62,4 +62,9 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE softmax_sums<T> softmax_over(std::int64_t n, Log
   return {largest, sum};
 }
 
+/// sign(mean load - load): 1, 0 or -1.
+BLACKMAMBA_HD BLACKMAMBA_INLINE double load_direction(std::int64_t load, std::int64_t total, std::int64_t experts) {
+  return load * experts < total ? 1.0 : load * experts > total ? -1.0 : 0.0;
+}
+
 }  // namespace blackmamba::math
