@@ -1,6 +1,56 @@
 #pragma once
-/// The whole library, for users. It costs seconds to compile; the library's own files include what they use.
+/// Everything, for users. Nothing inside the library includes it; a program that needs one operator compiles faster with that
+/// operator's header alone.
 
-#include <blackmamba/version.hpp>
-
+#include <blackmamba/core/config.hpp>
+#include <blackmamba/core/error.hpp>
+#include <blackmamba/core/math.hpp>
+#include <blackmamba/core/memory.hpp>
+#include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/random.hpp>
+#include <blackmamba/core/tensor.hpp>
+#include <blackmamba/core/view.hpp>
+#include <blackmamba/core/workspace.hpp>
+#include <blackmamba/generate/generation_state.hpp>
+#include <blackmamba/generate/generator.hpp>
+#include <blackmamba/generate/sampler.hpp>
+#include <blackmamba/model/architectures.hpp>
+#include <blackmamba/model/checkpoint.hpp>
+#include <blackmamba/model/expert_statistics.hpp>
+#include <blackmamba/model/language_model.hpp>
+#include <blackmamba/model/network.hpp>
+#include <blackmamba/model/safetensors.hpp>
+#include <blackmamba/nn/balance.hpp>
+#include <blackmamba/nn/configuration.hpp>
+#include <blackmamba/nn/mamba.hpp>
+#include <blackmamba/nn/mlp.hpp>
+#include <blackmamba/nn/module.hpp>
+#include <blackmamba/nn/moe.hpp>
+#include <blackmamba/nn/norm.hpp>
+#include <blackmamba/nn/residual.hpp>
+#include <blackmamba/nn/self_attention.hpp>
+#include <blackmamba/nn/stack.hpp>
+#include <blackmamba/ops/adamw/adamw.hpp>
+#include <blackmamba/ops/add/add.hpp>
+#include <blackmamba/ops/associative_scan/associative_scan.hpp>
+#include <blackmamba/ops/associative_scan/first_order_recurrence.hpp>
+#include <blackmamba/ops/attention/attention.hpp>
+#include <blackmamba/ops/causal_conv1d/causal_conv1d.hpp>
+#include <blackmamba/ops/cross_entropy/cross_entropy.hpp>
+#include <blackmamba/ops/embedding/embedding.hpp>
+#include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
+#include <blackmamba/ops/gated_activation/gated_activation.hpp>
+#include <blackmamba/ops/grouped_linear/grouped_linear.hpp>
+#include <blackmamba/ops/layer_norm/layer_norm.hpp>
+#include <blackmamba/ops/linear/linear.hpp>
 #include <blackmamba/ops/rms_norm/rms_norm.hpp>
+#include <blackmamba/ops/router/load_bias.hpp>
+#include <blackmamba/ops/router/quantile_balance.hpp>
+#include <blackmamba/ops/router/router.hpp>
+#include <blackmamba/ops/selective_scan/selective_scan.hpp>
+#include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
+#include <blackmamba/train/corpus.hpp>
+#include <blackmamba/train/schedule.hpp>
+#include <blackmamba/train/trainer.hpp>
+#include <blackmamba/version.hpp>

@@ -1,0 +1,104 @@
+#pragma once
+#include <blackmamba/core/memory.hpp>
+#include <blackmamba/core/tensor.hpp>
+#include <blackmamba/model/network.hpp>
+#include <blackmamba/model/safetensors.hpp>
+
+#include <cstdint>
+#include <string>
+
+namespace blackmamba {
+
+/// Everything that a batch of sequences carries from token to token: the states of all layers in one run of memory. Its size is
+/// constant in the length of the text (but for attention layers, whose caches hold `capacity` tokens). It can be copied, saved
+/// and read back: the text then goes on from there, as often as one likes.
+template <class Network>
+class generation_state {
+ public:
+  using P = typename Network::policy_type;
+  using T = typename Network::storage_type;
+  using S = typename Network::space_type;
+  using arch = typename Network::arch;
+  using views_type = typename arch::template state<S, T>;
+
+  /// The state before the first token.
+  explicit generation_state(Network const& network, std::int64_t batch = 1, std::int64_t capacity = 0)
+      : policy_(network.policy()), batch_(batch), capacity_(capacity) {
+    std::int64_t const words = bind(nullptr);
+    memory_ = zeros<std::int64_t>(policy_, words);
+    bind(memory_.data());
+  }
+  generation_state(generation_state const& other)
+      : policy_(other.policy_), batch_(other.batch_), capacity_(other.capacity_), position_(other.position_) {
+    memory_ = tensor<S, std::int64_t, dyn>(other.memory_.size());
+    memory::copy(policy_, other.memory_.as_view(), memory_.as_view());
+    bind(memory_.data());
+  }
+  generation_state& operator=(generation_state other) noexcept {
+    std::swap(memory_, other.memory_);
+    std::swap(batch_, other.batch_);
+    std::swap(capacity_, other.capacity_);
+    std::swap(position_, other.position_);
+    std::swap(views_, other.views_);
+    return *this;
+  }
+  generation_state(generation_state&&) noexcept = default;
+
+  views_type& views() { return views_; }
+  std::int64_t batch() const { return batch_; }
+  std::int64_t capacity() const { return capacity_; }
+  /// Tokens seen so far.
+  std::int64_t position() const { return position_; }
+  void advance(std::int64_t tokens) { position_ += tokens; }
+  std::int64_t bytes() const { return memory_.size() * 8; }
+
+  /// @throws file_error
+  void save(std::string const& path) const {
+    safetensors::writer file(path);
+    tensor<space::host, std::int64_t, dyn> host(memory_.size());
+    memory::download(policy_, memory_.as_view(), host.as_view());
+    file.metadata("format", "blackmamba state 1");
+    file.metadata("storage", type_name<T>());
+    file.declare<std::int64_t>("position", {1});
+    file.declare<std::int64_t>("shape", {2});
+    file.declare<std::int64_t>("state", {host.size()});
+    std::int64_t const shape[] = {batch_, capacity_};
+    file.write(&position_, 1);
+    file.write(shape, 2);
+    file.write(host.data(), host.size());
+    file.finish();
+  }
+  /// On error nothing has changed. @throws file_error naming what differs, got and expected
+  void load(std::string const& path) {
+    safetensors::reader file(path);
+    if (file.metadata("storage") != type_name<T>())
+      throw file_error(path + ": a state in " + file.metadata("storage") + ", expected " + type_name<T>());
+    std::int64_t position = 0, shape[2] = {};
+    file.read("position", &position, 1);
+    file.read("shape", shape, 2);
+    if (shape[0] != batch_ || shape[1] != capacity_)
+      throw file_error(path + ": a state of " + std::to_string(shape[0]) + " sequences with capacity " +
+                       std::to_string(shape[1]) + ", expected " + std::to_string(batch_) + " with " +
+                       std::to_string(capacity_));
+    tensor<space::host, std::int64_t, dyn> host(memory_.size());
+    file.read("state", host.data(), host.size());
+    memory::upload(policy_, host.as_view(), memory_.as_view());
+    position_ = position;
+  }
+
+ private:
+  std::int64_t bind(std::int64_t* base) {
+    std::int64_t words = 0;
+    arch::visit_state(views_, batch_, capacity_, [&](entry const& e, auto& v) { detail::bind_view(v, e, base, words); });
+    return words;
+  }
+
+  P policy_;
+  tensor<S, std::int64_t, dyn> memory_;
+  std::int64_t batch_;
+  std::int64_t capacity_;
+  std::int64_t position_ = 0;
+  views_type views_{};
+};
+
+}  // namespace blackmamba

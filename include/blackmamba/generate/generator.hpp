@@ -1,0 +1,164 @@
+#pragma once
+#include <blackmamba/core/workspace.hpp>
+#include <blackmamba/generate/generation_state.hpp>
+#include <blackmamba/generate/sampler.hpp>
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace blackmamba {
+
+struct generation_options {
+  std::int64_t batch = 1;          ///< sequences that advance together
+  std::int64_t capacity = 0;       ///< tokens that attention layers can hold; 0 where there are none
+  std::int64_t prefill_chunk = 512;  ///< prompts are read in pieces of at most this many tokens
+};
+
+/// Reads prompts and gives the next token's logits, one step per token in constant time and memory. All memory is taken when the
+/// generator is built, its size found by a dry run.
+template <class Network>
+class generator {
+ public:
+  using P = typename Network::policy_type;
+  using T = typename Network::storage_type;
+  using A = accum_t<T>;
+  using S = typename Network::space_type;
+  using arch = typename Network::arch;
+  using state_type = generation_state<Network>;
+
+  explicit generator(Network const& network, generation_options const& options = {})
+      : network_(network),
+        options_(options),
+        state_(network, options.batch, options.capacity),
+        token_(options.batch * options.prefill_chunk),
+        logits_(zeros<A>(network.policy(), options.batch, std::int64_t{arch::vocab})),
+        host_logits_(options.batch, std::int64_t{arch::vocab}),
+        workspace_(measure()) {}
+
+  /// Continues every sequence with the tokens (batch, n); logits() are then those after the last.
+  /// @throws shape_error; value_error for a token outside the vocabulary, or where attention's capacity is exceeded
+  void prefill(host_view<std::int32_t const, dyn, dyn> tokens) {
+    check_shape("generator.prefill", "tokens", tokens, {options_.batch, -1});
+    std::int64_t const n = tokens.extent(1);
+    check_that(n > 0, "generator.prefill", "tokens", "an empty prompt", "at least one token");
+    check_tokens(tokens);
+    for (std::int64_t at = 0; at < n; at += options_.prefill_chunk) {
+      std::int64_t const length = std::min(options_.prefill_chunk, n - at);
+      stage(tokens, at, length);
+      context<P> const c{.policy = device(), .batch = options_.batch, .length = length};
+      read<P>(c, length);
+      state_.advance(length);
+    }
+    fetch();
+  }
+  void prefill(std::span<std::int32_t const> tokens) {
+    prefill(host_view<std::int32_t const, dyn, dyn>(tokens.data(), std::int64_t{1}, static_cast<std::int64_t>(tokens.size())));
+  }
+  /// One token for each sequence.
+  void step(std::span<std::int32_t const> tokens) {
+    host_view<std::int32_t const, dyn, dyn> const one(tokens.data(), static_cast<std::int64_t>(tokens.size()), 1);
+    check_shape("generator.step", "tokens", one, {options_.batch, 1});
+    check_tokens(one);
+    stage(one, 0, 1);
+    context<P> const c{.policy = device(), .batch = options_.batch};
+    advance<P>(c);
+    state_.advance(1);
+    fetch();
+  }
+
+  /// Logits of the next token of sequence b, on the host.
+  std::span<float const> logits(std::int64_t b = 0) const {
+    return {narrowed_.data() + b * arch::vocab, static_cast<std::size_t>(arch::vocab)};
+  }
+  /// Logits (batch, vocab) in the accumulation type, on the host.
+  host_view<A const, dyn, dyn> logits_view() const { return host_logits_; }
+
+  /// The states of all layers: copy it to fork a text, assign one to go back.
+  state_type const& state() const { return state_; }
+  void restore(state_type const& state) {
+    check_that(state.batch() == options_.batch && state.capacity() == options_.capacity, "generator.restore", "state",
+               std::to_string(state.batch()) + " sequences with capacity " + std::to_string(state.capacity()),
+               std::to_string(options_.batch) + " with " + std::to_string(options_.capacity));
+    state_ = state;
+  }
+  std::int64_t position() const { return state_.position(); }
+  std::size_t workspace_bytes() const { return workspace_.capacity(); }
+  Network const& network() const { return network_; }
+
+ private:
+  P device() {
+    P policy = network_.policy();
+    policy.workspace = &workspace_;
+    return policy;
+  }
+  template <device_policy Q>
+  void read(context<Q> const& c, std::int64_t length) {
+    auto const scope = c.scope();
+    typename arch::template saved<S, T> keep;
+    arch::template forward<Q, T, A, S>(c, network_.parameters(), token_.slice(0, c.batch * length), arch::rows::last,
+                                       logits_, keep, &state_.views());
+  }
+  template <device_policy Q>
+  void advance(context<Q> const& c) {
+    arch::template step<Q, T, A, S>(c, network_.parameters(), token_.slice(0, c.batch), logits_, state_.views());
+  }
+  arena<S> measure() {
+    using dry = device::dry<P>;
+    auto measuring = arena<S>::measuring();
+    context<dry> c{.policy = {.workspace = &measuring}, .batch = options_.batch, .length = options_.prefill_chunk};
+    read<dry>(c, options_.prefill_chunk);
+    c.length = 1;
+    advance<dry>(c);
+    return arena<S>(measuring.peak());
+  }
+
+  void check_tokens(host_view<std::int32_t const, dyn, dyn> tokens) const {
+    for (std::int64_t b = 0; b < tokens.extent(0); ++b)
+      for (std::int64_t i = 0; i < tokens.extent(1); ++i)
+        if (tokens(b, i) < 0 || tokens(b, i) >= arch::vocab)
+          throw value_error("generator: token " + std::to_string(i) + " of sequence " + std::to_string(b) + ": got " +
+                            std::to_string(tokens(b, i)) + ", expected 0 to " + std::to_string(arch::vocab - 1));
+  }
+  void stage(host_view<std::int32_t const, dyn, dyn> tokens, std::int64_t first, std::int64_t length) {
+    tensor<space::host, std::int32_t, dyn> host(options_.batch * length);
+    for (std::int64_t b = 0; b < options_.batch; ++b)
+      for (std::int64_t i = 0; i < length; ++i) host(b * length + i) = tokens(b, first + i);
+    memory::upload(network_.policy(), host.as_view(), token_.slice(0, options_.batch * length));
+  }
+  void fetch() {
+    memory::download(network_.policy(), logits_.as_view(), host_logits_.as_view());
+    narrowed_.resize(static_cast<std::size_t>(host_logits_.size()));
+    for (std::size_t i = 0; i < narrowed_.size(); ++i) narrowed_[i] = static_cast<float>(host_logits_.data()[i]);
+  }
+
+  Network const& network_;
+  generation_options options_;
+  state_type state_;
+  tensor<S, std::int32_t, dyn> token_;
+  tensor<S, A, dyn, dyn> logits_;
+  tensor<space::host, A, dyn, dyn> host_logits_;
+  std::vector<float> narrowed_;
+  arena<S> workspace_;
+};
+
+/// Continues a prompt by `count` tokens. Calls emit(token) for each as it is made; emit returning false ends the text.
+/// @return the new tokens
+template <class Network, class Emit>
+std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int32_t const> prompt, std::int64_t count,
+                                   sampling_options const& options, Emit&& emit) {
+  sampler choose(options);
+  std::vector<std::int32_t> made;
+  from.prefill(prompt);
+  while (static_cast<std::int64_t>(made.size()) < count) {
+    std::int32_t const next = choose(from.logits(), made.size());
+    made.push_back(next);
+    if (!emit(next) || static_cast<std::int64_t>(made.size()) == count) break;
+    from.step(std::span<std::int32_t const>(&next, 1));
+  }
+  return made;
+}
+
+}  // namespace blackmamba

@@ -1,0 +1,110 @@
+#pragma once
+#include <blackmamba/core/memory.hpp>
+#include <blackmamba/core/tensor.hpp>
+#include <blackmamba/model/network.hpp>
+#include <blackmamba/model/safetensors.hpp>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace blackmamba {
+
+namespace detail {
+
+template <class T>
+constexpr bool stored_in_checkpoint(kind k) {
+  return storage<T> && k != kind::statistic;
+}
+
+/// Declares, then writes, every tensor that a memory holds, under prefix + name.
+template <class Network, class Memory>
+void declare_tensors(safetensors::writer& file, Memory const& memory, std::string const& prefix) {
+  Network::each_tensor_of(memory, [&](entry const& e, auto const& x) {
+    using T = typename std::remove_cvref_t<decltype(x)>::value_type;
+    if constexpr (storage<T>)
+      if (x.present() && stored_in_checkpoint<T>(e.what)) file.declare<T>(prefix + e.name, e.extents);
+  });
+}
+template <class Network, class Memory, device_policy P>
+void write_tensors(safetensors::writer& file, Memory const& memory, P const& policy) {
+  Network::each_tensor_of(memory, [&](entry const& e, auto const& x) {
+    using T = typename std::remove_cvref_t<decltype(x)>::value_type;
+    if constexpr (storage<T>)
+      if (x.present() && stored_in_checkpoint<T>(e.what)) {
+        tensor<space::host, T, dyn> host(x.size());
+        blackmamba::memory::download(policy, x, host.as_view());
+        file.write(host.data(), host.size());
+      }
+  });
+}
+
+/// Compares a file's tensors with those that a memory expects; the first difference, in the model's order, is the message.
+template <class Network, class Memory>
+void check_tensors(safetensors::reader const& file, Memory const& memory, std::string const& prefix, bool buffers_too) {
+  std::map<std::string, bool> known;
+  Network::each_tensor_of(memory, [&](entry const& e, auto const& x) {
+    using T = typename std::remove_cvref_t<decltype(x)>::value_type;
+    if (!x.present() || !stored_in_checkpoint<T>(e.what)) return;
+    std::string const name = prefix + e.name;
+    known[name] = true;
+    auto const found = file.header().tensors.find(name);
+    if (found == file.header().tensors.end()) {
+      if (e.what == kind::buffer && !buffers_too) return;
+      throw file_error(file.path() + ": holds another model: tensor '" + name + "': got none, expected " +
+                       shape_text(e.extents));
+    }
+    auto const& shape = found->second.shape;
+    // Singleton dimensions carry no data: a convolution's weight is (D, 1, K) in published files.
+    auto const essential = [](std::vector<std::int64_t> const& s) {
+      std::vector<std::int64_t> out;
+      for (auto n : s)
+        if (n != 1) out.push_back(n);
+      return out;
+    };
+    if (essential(shape) != essential(e.extents))
+      throw file_error(file.path() + ": holds another model: tensor '" + name + "': got " + shape_text(shape) +
+                       ", expected " + shape_text(e.extents));
+  });
+  for (auto const& [name, info] : file.header().tensors)
+    if (name.starts_with(prefix) && (prefix != "" || name.find('/') == std::string::npos) && !known.contains(name))
+      throw file_error(file.path() + ": holds another model: tensor '" + name + "': got " + shape_text(info.shape) +
+                       ", expected none");
+}
+template <class Network, class Memory, device_policy P>
+void read_tensors(safetensors::reader& file, Memory const& memory, std::string const& prefix, P const& policy) {
+  Network::each_tensor_of(memory, [&](entry const& e, auto const& x) {
+    using T = typename std::remove_cvref_t<decltype(x)>::value_type;
+    if constexpr (storage<T>)
+      if (x.present() && stored_in_checkpoint<T>(e.what) && file.header().tensors.contains(prefix + e.name)) {
+        tensor<space::host, T, dyn> host(x.size());
+        file.read(prefix + e.name, host.data(), host.size());
+        blackmamba::memory::upload(policy, host.as_view(), x);
+      }
+  });
+}
+
+}  // namespace detail
+
+/// Writes a network's weights (and balance offsets) in its storage type, under the published names. The file appears whole or
+/// not at all. @throws file_error
+template <class Network>
+void save_weights(Network const& network, std::string const& path) {
+  safetensors::writer file(path);
+  file.metadata("format", "blackmamba weights 1");
+  detail::declare_tensors<Network>(file, network.memory(), "");
+  detail::write_tensors<Network>(file, network.memory(), network.policy());
+  file.finish();
+}
+
+/// Reads weights of any floating-point type into a network's storage type. Every tensor must be there with the network's
+/// shape, and no other; tensors named "…/…" (a trainer's state) are passed over. On error the network is as it was.
+/// @throws file_error naming the first tensor that differs, got and expected
+template <class Network>
+void load_weights(Network& network, std::string const& path) {
+  safetensors::reader file(path);
+  detail::check_tensors<Network>(file, network.memory(), "", false);
+  detail::read_tensors<Network>(file, network.memory(), "", network.policy());
+}
+
+}  // namespace blackmamba

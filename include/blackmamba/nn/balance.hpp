@@ -1,0 +1,64 @@
+#pragma once
+#include <blackmamba/nn/module.hpp>
+#include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
+#include <blackmamba/ops/router/load_bias.hpp>
+#include <blackmamba/ops/router/quantile_balance.hpp>
+#include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
+
+namespace blackmamba {
+
+/// Balance rules. All of them route by the same selector, argmax_j(beta x_ij + g_j) over the router's logits x; a rule says
+/// how the E numbers g come about. A rule of one's own is a type with these members:
+///
+///   beta            scale of the logits in the selector
+///   at_inference    whether g takes part when the model is not training
+///   before(c, logits, offset, top_k, report)     sets g from this step's logits
+///   after(c, routing, offset, top_k)             sets the next step's g from this step's load
+///
+/// offset (E) keeps g from step to step and is part of a checkpoint.
+template <class Rule>
+struct balance_rule : Rule {};
+
+/// Every token goes where its logit is largest.
+struct no_balance {
+  static constexpr double beta = 1;
+  static constexpr bool at_inference = false;
+  template <device_policy P, storage A>
+  static void before(context<P> const&, in<P, A, dyn, dyn>, out<P, A, dyn>, int, out<P, sinkhorn::report, dyn>) {}
+  template <device_policy P, storage A>
+  static void after(context<P> const&, expert_dispatch::routing<P> const&, out<P, A, dyn>, int) {}
+};
+
+/// Sinkhorn balancing in training, starting from the previous step's solution (BlackMamba, arXiv 2402.01771, section 3).
+template <>
+struct balance_rule<sinkhorn> : no_balance {
+  static constexpr double beta = 2;
+  template <device_policy P, storage A>
+  static void before(context<P> const& c, in<P, A, dyn, dyn> logits, out<P, A, dyn> offset, int,
+                     out<P, sinkhorn::report, dyn> report) {
+    sinkhorn::forward(c.policy, logits, offset, report, {.beta = beta});
+  }
+};
+
+/// Auxiliary-loss-free bias (Wang et al., arXiv 2408.15664): after a step, g moves against the sign of the load's excess.
+template <>
+struct balance_rule<load_bias> : no_balance {
+  static constexpr bool at_inference = true;
+  static constexpr double rate = 1e-3;
+  template <device_policy P, storage A>
+  static void after(context<P> const& c, expert_dispatch::routing<P> const& routing, out<P, A, dyn> offset, int) {
+    load_bias::forward(c.policy, routing.offsets, offset, rate);
+  }
+};
+
+/// Quantile balancing: g such that each expert's share of the tokens passes its threshold.
+template <>
+struct balance_rule<quantile_balance> : no_balance {
+  template <device_policy P, storage A>
+  static void before(context<P> const& c, in<P, A, dyn, dyn> logits, out<P, A, dyn> offset, int top_k,
+                     out<P, sinkhorn::report, dyn>) {
+    quantile_balance::forward(c.policy, logits, offset, {.top_k = top_k, .beta = no_balance::beta});
+  }
+};
+
+}  // namespace blackmamba

@@ -1,0 +1,112 @@
+#pragma once
+#include <blackmamba/nn/configuration.hpp>
+#include <blackmamba/nn/module.hpp>
+#include <blackmamba/ops/gated_activation/gated_activation.hpp>
+#include <blackmamba/ops/linear/linear.hpp>
+
+#include <cmath>
+
+namespace blackmamba {
+
+/// How the hidden layer of an mlp or of an expert is activated: gated ones take twice the width from the first product,
+/// gate rows first.
+template <class Function, bool Gated>
+struct hidden_activation {
+  using function = Function;
+  static constexpr bool gated = Gated;
+};
+using swiglu = hidden_activation<activation::silu, true>;       ///< silu(gate) up, Shazeer, arXiv 2002.05202
+using geglu = hidden_activation<activation::gelu, true>;        ///< gelu(gate) up, with the exact erf
+using plain_silu = hidden_activation<activation::silu, false>;
+using plain_gelu = hidden_activation<activation::gelu, false>;
+
+namespace detail {
+
+/// The activation on the first product's output h (rows, d_ff or 2 d_ff).
+template <class Activation, device_policy P, storage T>
+void activate(P const& policy, view<typename P::memory_space, T, dyn, dyn> h, int d_ff,
+              view<typename P::memory_space, T, dyn, dyn> y) {
+  if constexpr (Activation::gated)
+    gated_activation::forward<typename Activation::function, P, T>(policy, h.columns(0, d_ff), h.columns(d_ff, d_ff), y);
+  else
+    gated_activation::forward<typename Activation::function, P, T>(policy, h, {}, y);
+}
+template <class Activation, device_policy P, storage T>
+void activate_backward(P const& policy, view<typename P::memory_space, T, dyn, dyn> h, int d_ff,
+                       view<typename P::memory_space, T, dyn, dyn> d_y, view<typename P::memory_space, T, dyn, dyn> d_h) {
+  if constexpr (Activation::gated)
+    gated_activation::backward<typename Activation::function, P, T>(
+        policy, {.gate = h.columns(0, d_ff), .up = h.columns(d_ff, d_ff), .d_y = d_y},
+        {.d_gate = d_h.columns(0, d_ff), .d_up = d_h.columns(d_ff, d_ff)});
+  else
+    gated_activation::backward<typename Activation::function, P, T>(policy, {.gate = h, .up = {}, .d_y = d_y},
+                                                                    {.d_gate = d_h, .d_up = {}});
+}
+
+}  // namespace detail
+
+/// out = linear_fc2(act(linear_fc1(hidden))): the dense layer that an expert is one of.
+template <class Config, class Activation = swiglu>
+struct mlp : stateless {
+  static constexpr int d_model = Config::d_model;
+  static constexpr int d_ff = Config::d_ff;
+  static constexpr int d_fc1 = Activation::gated ? 2 * d_ff : d_ff;
+
+  template <class S, storage T>
+  struct parameters {
+    view<S, T, dyn, dyn> fc1;            // (d_fc1, d_model)  rows: gate, then up
+    view<S, accum_t<T>, dyn> fc1_bias;   // (d_fc1)           only with Config::add_bias_linear
+    view<S, T, dyn, dyn> fc2;            // (d_model, d_ff)
+    view<S, accum_t<T>, dyn> fc2_bias;   // (d_model)         only with Config::add_bias_linear
+  };
+  template <class S, storage T>
+  struct saved {
+    view<S, T const, dyn, dyn> hidden;   // (tokens, d_model)
+    view<S, T, dyn, dyn> h;              // (tokens, d_fc1)
+    view<S, T, dyn, dyn> activated;      // (tokens, d_ff)
+  };
+
+  template <class Parameters, class Visitor>
+  static void visit(Parameters& p, std::string const& prefix, Visitor&& v) {
+    auto const fan_in = [](int n) { return initial::uniform(1 / std::sqrt(static_cast<double>(n))); };
+    constexpr bool biased = configuration::add_bias_linear<Config>();
+    v(entry{prefix + "linear_fc1.weight", kind::matrix, {d_fc1, d_model}, fan_in(d_model)}, p.fc1);
+    if (biased) v(entry{prefix + "linear_fc1.bias", kind::vector, {d_fc1}, initial::constant(0)}, p.fc1_bias);
+    v(entry{prefix + "linear_fc2.weight", kind::matrix, {d_model, d_ff}, fan_in(d_ff).residual()}, p.fc2);
+    if (biased) v(entry{prefix + "linear_fc2.bias", kind::vector, {d_model}, initial::constant(0)}, p.fc2_bias);
+  }
+
+  template <device_policy P, storage T, class S>
+  static void forward(context<P> const& c, parameters<S, T> const& p, in<P, T, dyn, dyn> x, out<P, T, dyn, dyn> y,
+                      saved<S, T>& keep, nothing*) {
+    keep.hidden = x;
+    keep.h = c.template allocate<T>(x.extent(0), d_fc1);
+    keep.activated = c.template allocate<T>(x.extent(0), d_ff);
+    linear::forward<P, T>(c.policy, {.x = x, .weight = p.fc1, .bias = p.fc1_bias}, keep.h);
+    detail::activate<Activation, P, T>(c.policy, keep.h, d_ff, keep.activated);
+    linear::forward<P, T>(c.policy, {.x = keep.activated, .weight = p.fc2, .bias = p.fc2_bias}, y);
+  }
+
+  template <device_policy P, storage T, class S>
+  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep, in<P, T, dyn, dyn> d_y,
+                       out<P, T, dyn, dyn> d_x, parameters<S, accum_t<T>> const& d) {
+    auto const scope = c.scope();
+    auto const d_h = c.template allocate<T>(d_y.extent(0), d_fc1);
+    auto const d_activated = c.template allocate<T>(d_y.extent(0), d_ff);
+    linear::backward<P, T>(c.policy, {.x = keep.activated, .weight = p.fc2, .d_y = d_y},
+                           {.d_x = d_activated, .d_weight = d.fc2, .d_bias = d.fc2_bias});
+    detail::activate_backward<Activation, P, T>(c.policy, keep.h, d_ff, d_activated, d_h);
+    linear::backward<P, T>(c.policy, {.x = keep.hidden, .weight = p.fc1, .d_y = d_h},
+                           {.d_x = d_x, .d_weight = d.fc1, .d_bias = d.fc1_bias});
+  }
+
+  template <device_policy P, storage T, class S>
+  static void step(context<P> const& c, parameters<S, T> const& p, nothing&, in<P, T, dyn, dyn> x,
+                   out<P, T, dyn, dyn> y) {
+    auto const scope = c.scope();
+    saved<S, T> keep;
+    forward<P, T, S>(c, p, x, y, keep, nullptr);
+  }
+};
+
+}  // namespace blackmamba

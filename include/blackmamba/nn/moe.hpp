@@ -1,0 +1,169 @@
+#pragma once
+#include <blackmamba/nn/balance.hpp>
+#include <blackmamba/nn/mlp.hpp>
+#include <blackmamba/nn/module.hpp>
+#include <blackmamba/ops/grouped_linear/grouped_linear.hpp>
+#include <blackmamba/ops/router/router.hpp>
+
+namespace blackmamba {
+
+/// Which experts a token visits: the K best by the balance rule's selector, weighted by Gate of their raw logits. Capacity is
+/// the most rows of an expert, as a multiple of the balanced load in hundredths; 0 drops nothing.
+template <int K, class Balance, gate_function Gate = K == 1 ? gate_function::sigmoid : gate_function::softmax_selected,
+          int CapacityPercent = 0>
+struct top_k {
+  static constexpr int k = K;
+  using balance = balance_rule<Balance>;
+  static constexpr gate_function gate = Gate;
+  static constexpr int capacity_percent = CapacityPercent;
+};
+/// BlackMamba's: one expert, weighted by the sigmoid of its logit.
+template <class Balance>
+using top1 = top_k<1, Balance>;
+
+/// Routed mixture of experts (BlackMamba, arXiv 2402.01771, section 3):
+///
+///   logits = router(hidden)        expert, gate = Routing(logits)
+///   out[i,:] = sum over its experts e of gate[i,e] linear_fc2_e(act(linear_fc1_e(hidden[i,:])))
+///
+/// The gradient reaches the router through the gates alone. In inference no balance rule acts, but for rules that say so.
+template <class Config, class Routing, class Activation = swiglu>
+struct moe : stateless {
+  static constexpr int d_model = Config::d_model;
+  static constexpr int d_ff = Config::d_ff;
+  static constexpr int d_fc1 = Activation::gated ? 2 * d_ff : d_ff;
+  static constexpr int experts = Config::experts;
+  static constexpr int k = Routing::k;
+  using balance = typename Routing::balance;
+  static_assert(k >= 1 && k <= experts, "blackmamba: moe: top_k is larger than the number of experts; lower it");
+
+  template <class S, storage T>
+  struct parameters {
+    view<S, T, dyn, dyn> router;             // (E, d_model)
+    view<S, accum_t<T>, dyn> router_bias;    // (E)
+    view<S, accum_t<T>, dyn> balance_offset; // (E)                buffer: the balance rule's g
+    view<S, T, dyn, dyn, dyn> fc1;           // (E, d_fc1, d_model)
+    view<S, accum_t<T>, dyn, dyn> fc1_bias;  // (E, d_fc1)         only with Config::add_bias_linear
+    view<S, T, dyn, dyn, dyn> fc2;           // (E, d_model, d_ff)
+    view<S, accum_t<T>, dyn, dyn> fc2_bias;  // (E, d_model)       only with Config::add_bias_linear
+    view<S, std::int64_t, dyn> load;         // (E + 1)            statistic: offsets of the experts' rows
+    view<S, sinkhorn::report, dyn> report;   // (1)                statistic: what Sinkhorn reached
+  };
+  template <class S, storage T>
+  struct saved {
+    view<S, T const, dyn, dyn> hidden;       // (tokens, d_model)
+    view<S, accum_t<T>, dyn, dyn> logits;    // (tokens, E)
+    view<S, std::int32_t, dyn, dyn> expert;  // (tokens, k)
+    view<S, accum_t<T>, dyn, dyn> gate;      // (tokens, k)
+    view<S, std::int64_t, dyn> offsets;      // (E + 1)
+    view<S, std::int32_t, dyn> source;       // (tokens k)
+    view<S, std::int32_t, dyn> row;          // (tokens k)
+    view<S, T, dyn, dyn> permuted;           // (tokens k, d_model)
+    view<S, T, dyn, dyn> h;                  // (tokens k, d_fc1)
+    view<S, T, dyn, dyn> activated;          // (tokens k, d_ff)
+    view<S, T, dyn, dyn> expert_out;         // (tokens k, d_model)
+  };
+
+  template <class Parameters, class Visitor>
+  static void visit(Parameters& p, std::string const& prefix, Visitor&& v) {
+    auto const fan_in = [](int n) { return initial::uniform(1 / std::sqrt(static_cast<double>(n))); };
+    constexpr bool biased = configuration::add_bias_linear<Config>();
+    constexpr double active = static_cast<double>(k) / experts;
+    std::string const expert = prefix + "local_experts.{e}.";
+    v(entry{prefix + "router.weight", kind::matrix, {experts, d_model}, fan_in(d_model)}, p.router);
+    v(entry{prefix + "router.bias", kind::vector, {experts}, initial::constant(0)}, p.router_bias);
+    v(entry{prefix + "router.balance_offset", kind::buffer, {experts}, initial::constant(0)}, p.balance_offset);
+    v(entry{expert + "linear_fc1.weight", kind::matrix, {experts, d_fc1, d_model}, fan_in(d_model), active}, p.fc1);
+    if (biased)
+      v(entry{expert + "linear_fc1.bias", kind::vector, {experts, d_fc1}, initial::constant(0), active}, p.fc1_bias);
+    v(entry{expert + "linear_fc2.weight", kind::matrix, {experts, d_model, d_ff}, fan_in(d_ff).residual(), active}, p.fc2);
+    if (biased)
+      v(entry{expert + "linear_fc2.bias", kind::vector, {experts, d_model}, initial::constant(0), active}, p.fc2_bias);
+    v(entry{prefix + "load", kind::statistic, {experts + 1}}, p.load);
+    v(entry{prefix + "report", kind::statistic, {1}}, p.report);
+  }
+
+  template <device_policy P, storage T, class S>
+  static void forward(context<P> const& c, parameters<S, T> const& p, in<P, T, dyn, dyn> x, out<P, T, dyn, dyn> y,
+                      saved<S, T>& keep, nothing*) {
+    using A = accum_t<T>;
+    auto const tokens = x.extent(0), slots = tokens * k;
+    keep.hidden = x;
+    keep.logits = c.template allocate<A>(tokens, experts);
+    linear::forward<P, A, T>(c.policy, {.x = x, .weight = p.router, .bias = p.router_bias}, keep.logits);
+
+    if (c.training) balance::template before<P, A>(c, keep.logits, p.balance_offset, k, p.report);
+    keep.expert = c.template allocate<std::int32_t>(tokens, k);
+    keep.gate = c.template allocate<A>(tokens, k);
+    bool const balanced = c.training || balance::at_inference;
+    router::forward<P, A>(c.policy, {.logits = keep.logits, .offset = balanced ? p.balance_offset : view<S, A, dyn>{}},
+                          {.expert = keep.expert, .gate = keep.gate}, {.gate = Routing::gate, .beta = balance::beta});
+
+    bool const record = c.training || c.observe;
+    keep.offsets = record ? p.load : c.template allocate<std::int64_t>(experts + 1);
+    keep.source = c.template allocate<std::int32_t>(slots);
+    keep.row = c.template allocate<std::int32_t>(slots);
+    std::int64_t const capacity = (slots * Routing::capacity_percent + 100 * experts - 1) / (100 * experts);
+    expert_dispatch::plan(c.policy, keep.expert, routing<P>(keep), capacity);
+    if (c.training) balance::template after<P, A>(c, routing<P>(keep), p.balance_offset, k);
+
+    keep.permuted = c.template allocate<T>(slots, d_model);
+    keep.h = c.template allocate<T>(slots, d_fc1);
+    keep.activated = c.template allocate<T>(slots, d_ff);
+    keep.expert_out = c.template allocate<T>(slots, d_model);
+    expert_dispatch::permute(c.policy, routing<P>(keep), x, keep.permuted);
+    grouped_linear::forward(
+        c.policy, {.x = keep.permuted, .weight = p.fc1, .offsets = keep.offsets, .bias = p.fc1_bias}, keep.h);
+    detail::activate<Activation, P, T>(c.policy, keep.h, d_ff, keep.activated);
+    grouped_linear::forward(
+        c.policy, {.x = keep.activated, .weight = p.fc2, .offsets = keep.offsets, .bias = p.fc2_bias}, keep.expert_out);
+    expert_dispatch::combine(c.policy, routing<P>(keep), keep.expert_out, keep.gate, y);
+  }
+
+  template <device_policy P, storage T, class S>
+  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep, in<P, T, dyn, dyn> d_y,
+                       out<P, T, dyn, dyn> d_x, parameters<S, accum_t<T>> const& d) {
+    using A = accum_t<T>;
+    auto const tokens = d_y.extent(0), slots = tokens * k;
+    auto const scope = c.scope();
+    auto const d_rows = c.template allocate<T>(slots, d_model);  // of the experts' output, then of their input
+    auto const d_gate = c.template allocate<A>(tokens, k);
+    auto const d_activated = c.template allocate<T>(slots, d_ff);
+    auto const d_h = c.template allocate<T>(slots, d_fc1);
+    auto const d_logits = c.template allocate<A>(tokens, experts);
+    expert_dispatch::combine_backward<P, T>(c.policy, routing<P>(keep),
+                                            {.rows = keep.expert_out, .gate = keep.gate, .d_y = d_y},
+                                            {.d_rows = d_rows, .d_gate = d_gate});
+    grouped_linear::backward<P, T>(
+        c.policy, {.x = keep.activated, .weight = p.fc2, .offsets = keep.offsets, .d_y = d_rows},
+        {.d_x = d_activated, .d_weight = d.fc2, .d_bias = d.fc2_bias});
+    detail::activate_backward<Activation, P, T>(c.policy, keep.h, d_ff, d_activated, d_h);
+    grouped_linear::backward<P, T>(c.policy,
+                                   {.x = keep.permuted, .weight = p.fc1, .offsets = keep.offsets, .d_y = d_h},
+                                   {.d_x = d_rows, .d_weight = d.fc1, .d_bias = d.fc1_bias});
+    expert_dispatch::permute_backward(c.policy, routing<P>(keep), d_rows, d_x);
+    router::backward<P, A>(c.policy, {.logits = keep.logits, .expert = keep.expert, .d_gate = d_gate}, d_logits,
+                           Routing::gate);
+    linear::backward<P, T, A>(c.policy, {.x = keep.hidden, .weight = p.router, .d_y = d_logits},
+                              {.d_x = d_x,
+                               .d_weight = d.router,
+                               .d_bias = d.router_bias,
+                               .d_x_update = update::accumulate});
+  }
+
+  template <device_policy P, storage T, class S>
+  static void step(context<P> const& c, parameters<S, T> const& p, nothing&, in<P, T, dyn, dyn> x,
+                   out<P, T, dyn, dyn> y) {
+    auto const scope = c.scope();
+    saved<S, T> keep;
+    forward<P, T, S>(c, p, x, y, keep, nullptr);
+  }
+
+ private:
+  template <device_policy P, class Saved>
+  static expert_dispatch::routing<P> routing(Saved const& keep) {
+    return {.offsets = keep.offsets, .source = keep.source, .row = keep.row};
+  }
+};
+
+}  // namespace blackmamba

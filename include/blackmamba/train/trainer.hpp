@@ -1,0 +1,282 @@
+#pragma once
+#include <blackmamba/model/checkpoint.hpp>
+#include <blackmamba/model/network.hpp>
+#include <blackmamba/ops/adamw/adamw.hpp>
+#include <blackmamba/train/schedule.hpp>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace blackmamba {
+
+struct training_options {
+  std::int64_t batch = 8;          ///< sequences of a forward pass
+  std::int64_t length = 256;       ///< tokens of a sequence
+  std::int64_t accumulation = 1;   ///< forward passes of an optimizer step
+  warmup_cosine learning_rate;
+  double weight_decay = 0.1;       ///< of matrices; vectors do not decay
+  double beta1 = 0.9;
+  double beta2 = 0.95;
+  double eps = 1e-8;
+  double max_norm = 1;             ///< of the gradient; 0 clips nothing
+};
+
+/// What an optimizer step did.
+struct step_report {
+  std::int64_t step = 0;       ///< 1 for the first
+  double loss = 0;             ///< mean of -ln p(next token)
+  double gradient_norm = 0;    ///< before clipping
+  double learning_rate = 0;
+};
+
+/// Trains a network: forward, backward, AdamW. All memory is taken when the trainer is built, its size found by a dry run of
+/// the same step; a step allocates nothing on the device.
+///
+/// Weights in 16-bit storage have fp32 masters here; gradients, moments and the residual stream are fp32 (double for double).
+template <class Network>
+class trainer {
+ public:
+  using P = typename Network::policy_type;
+  using T = typename Network::storage_type;
+  using A = accum_t<T>;
+  using S = typename Network::space_type;
+  using arch = typename Network::arch;
+  using gradient_memory = parameter_memory<arch, S, A>;
+  static constexpr bool has_masters = !std::is_same_v<T, A>;
+
+  trainer(Network& network, training_options const& options)
+      : network_(network),
+        options_(options),
+        gradient_(network.policy(), true),
+        first_moment_(network.policy(), true),
+        second_moment_(network.policy(), true),
+        token_(options.batch * options.length),
+        target_(options.batch * options.length),
+        losses_(zeros<A>(network.policy(), options.accumulation)),
+        norm_(zeros<A>(network.policy(), 1)),
+        workspace_(measure()) {
+    if constexpr (has_masters) {
+      master_ = tensor<S, A, dyn>(network.memory().matrices().size());
+      memory::copy(network.policy(), network.memory().matrices(), master_.as_view());
+    }
+  }
+
+  /// One optimizer step on tokens (accumulation * batch, length + 1): every token but the last predicts the next.
+  /// @throws shape_error; value_error where loss or gradient is not finite (weights and moments are then unchanged)
+  step_report step(host_view<std::int32_t const, dyn, dyn> tokens) {
+    check_shape("trainer.step", "tokens", tokens, {options_.accumulation * options_.batch, options_.length + 1});
+    P const policy = device();
+    memory::zero(policy, gradient_.flat());
+    A const scale = static_cast<A>(1.0 / static_cast<double>(tokens.extent(0) * options_.length));
+    for (std::int64_t i = 0; i < options_.accumulation; ++i) {
+      stage(policy, tokens.slice(i * options_.batch, options_.batch));
+      context<P> c{.policy = policy, .batch = options_.batch, .length = options_.length, .training = true};
+      accumulate_gradient<P>(c, network_.parameters(), token_, target_, losses_.slice(i, 1), scale, gradient_.views());
+    }
+    step_report report{.step = step_ + 1, .learning_rate = options_.learning_rate(step_ + 1)};
+    adamw::norm<P, A>(policy, gradient_.flat(), norm_);
+    update(policy, report);
+    tensor<space::host, A, dyn> losses(options_.accumulation), norm(1);
+    memory::download(policy, losses_.as_view(), losses.as_view());
+    memory::download(policy, norm_.as_view(), norm.as_view());
+    for (std::int64_t i = 0; i < options_.accumulation; ++i) report.loss += static_cast<double>(losses(i) * scale);
+    report.gradient_norm = static_cast<double>(norm(0));
+    if (!std::isfinite(report.loss) || !std::isfinite(report.gradient_norm))
+      throw value_error("trainer.step: step " + std::to_string(report.step) + ": loss is " + std::to_string(report.loss) +
+                        ", gradient norm is " + std::to_string(report.gradient_norm) +
+                        ", expected finite numbers; the weights are unchanged");
+    ++step_;
+    return report;
+  }
+
+  /// Mean of -ln p(next token) over tokens (rows, length + 1), rows a multiple of the batch; nothing is learned and no
+  /// balance rule acts. Tokens per expert are recorded in the network.
+  double evaluate(host_view<std::int32_t const, dyn, dyn> tokens) {
+    check_shape("trainer.evaluate", "tokens", tokens, {-1, options_.length + 1});
+    check_that(tokens.extent(0) % options_.batch == 0, "trainer.evaluate", "tokens",
+               std::to_string(tokens.extent(0)) + " rows", "a multiple of " + std::to_string(options_.batch));
+    P const policy = device();
+    double total = 0;
+    for (std::int64_t r = 0; r < tokens.extent(0); r += options_.batch) {
+      stage(policy, tokens.slice(r, options_.batch));
+      context<P> c{.policy = policy, .batch = options_.batch, .length = options_.length, .observe = true};
+      evaluate_batch<P>(c, network_.parameters(), token_, target_, losses_.slice(0, 1));
+      tensor<space::host, A, dyn> loss(1);
+      memory::download(policy, losses_.slice(0, 1), loss.as_view());
+      total += static_cast<double>(loss(0));
+      if (!std::isfinite(total))
+        throw value_error("trainer.evaluate: rows " + std::to_string(r) + " to " + std::to_string(r + options_.batch - 1) +
+                          ": loss is " + std::to_string(total) + ", expected a finite number");
+    }
+    return total / static_cast<double>(std::max<std::int64_t>(tokens.extent(0) * options_.length, 1));
+  }
+
+  Network& network() { return network_; }
+  training_options const& options() const { return options_; }
+  std::int64_t step_count() const { return step_; }
+  /// The gradient of the last step, before clipping.
+  gradient_memory const& gradient() const { return gradient_; }
+  /// Bytes of the arena, found by the dry run.
+  std::size_t workspace_bytes() const { return workspace_.capacity(); }
+
+  /// Writes weights, balance offsets, masters, moments and the step. A run that continues from the file goes on bit for bit. The
+  /// file appears whole or not at all. @throws file_error
+  void save(std::string const& path) const {
+    safetensors::writer file(path);
+    P const policy = network_.policy();
+    file.metadata("format", "blackmamba training 1");
+    file.metadata("step", std::to_string(step_));
+    file.metadata("seed", std::to_string(network_.seed()));
+    detail::declare_tensors<Network>(file, network_.memory(), "");
+    detail::declare_tensors<Network>(file, first_moment_, "first_moment/");
+    detail::declare_tensors<Network>(file, second_moment_, "second_moment/");
+    if constexpr (has_masters) file.declare<A>("master/matrices", {master_.size()});
+    detail::write_tensors<Network>(file, network_.memory(), policy);
+    detail::write_tensors<Network>(file, first_moment_, policy);
+    detail::write_tensors<Network>(file, second_moment_, policy);
+    if constexpr (has_masters) {
+      tensor<space::host, A, dyn> host(master_.size());
+      memory::download(policy, master_.as_view(), host.as_view());
+      file.write(host.data(), host.size());
+    }
+    file.finish();
+  }
+  /// Continues from a file that save() wrote. On error nothing has changed.
+  /// @throws file_error naming the first tensor that differs, got and expected
+  void load(std::string const& path) {
+    safetensors::reader file(path);
+    P const policy = network_.policy();
+    if (file.header().metadata.find("step") == file.header().metadata.end())
+      throw file_error(path + ": holds weights without a trainer's state; load it with load_weights");
+    std::string const text = file.metadata("step");
+    std::int64_t step = 0;
+    for (char digit : text) {
+      if (digit < '0' || digit > '9' || step > (std::int64_t{1} << 52))
+        throw file_error(path + ": step: got '" + text + "', expected a whole number");
+      step = step * 10 + (digit - '0');
+    }
+    detail::check_tensors<Network>(file, network_.memory(), "", true);
+    detail::check_tensors<Network>(file, first_moment_, "first_moment/", true);
+    detail::check_tensors<Network>(file, second_moment_, "second_moment/", true);
+    if constexpr (has_masters) file.info("master/matrices");
+    detail::read_tensors<Network>(file, network_.memory(), "", policy);
+    detail::read_tensors<Network>(file, first_moment_, "first_moment/", policy);
+    detail::read_tensors<Network>(file, second_moment_, "second_moment/", policy);
+    if constexpr (has_masters) {
+      tensor<space::host, A, dyn> host(master_.size());
+      file.read("master/matrices", host.data(), host.size());
+      memory::upload(policy, host.as_view(), master_.as_view());
+    }
+    step_ = step;
+  }
+
+ private:
+  P device() {
+    P policy = network_.policy();
+    policy.workspace = &workspace_;
+    return policy;
+  }
+
+  /// Forward, loss and backward of one batch under any policy that shares the memory space: P itself, or its dry run.
+  template <device_policy Q>
+  static void accumulate_gradient(context<Q> const& c, typename Network::parameters_type const& p,
+                                  view<S, std::int32_t const, dyn> token, view<S, std::int32_t const, dyn> target,
+                                  view<S, A, dyn> loss, A scale, typename gradient_memory::views_type const& gradient) {
+    auto const scope = c.scope();
+    auto const logits = c.template allocate<T>(c.tokens(), arch::vocab);
+    auto const lse = c.template allocate<A>(c.tokens());
+    typename arch::template saved<S, T> keep;
+    arch::template forward<Q, T, T, S>(c, p, token, arch::rows::all, logits, keep);
+    cross_entropy::forward<Q, T>(c.policy, {.logits = logits, .target = target}, {.loss = loss, .lse = lse});
+    cross_entropy::backward<Q, T>(c.policy, {.logits = logits, .target = target, .lse = lse, .scale = scale}, logits);
+    arch::template backward<Q, T, S>(c, p, keep, token, logits, gradient);
+  }
+
+  template <device_policy Q>
+  static void evaluate_batch(context<Q> const& c, typename Network::parameters_type const& p,
+                             view<S, std::int32_t const, dyn> token, view<S, std::int32_t const, dyn> target,
+                             view<S, A, dyn> loss) {
+    auto const scope = c.scope();
+    auto const logits = c.template allocate<T>(c.tokens(), arch::vocab);
+    typename arch::template saved<S, T> keep;
+    arch::template forward<Q, T, T, S>(c, p, token, arch::rows::all, logits, keep);
+    cross_entropy::forward<Q, T>(c.policy, {.logits = logits, .target = target}, {.loss = loss});
+  }
+
+  /// An arena of exactly the size that a step and an evaluation need.
+  arena<S> measure() {
+    using dry = device::dry<P>;
+    auto measuring = arena<S>::measuring();
+    context<dry> c{.policy = {.workspace = &measuring}, .batch = options_.batch, .length = options_.length};
+    evaluate_batch<dry>(c, network_.parameters(), token_, target_, losses_.slice(0, 1));
+    c.training = true;
+    accumulate_gradient<dry>(c, network_.parameters(), token_, target_, losses_.slice(0, 1), A(1), gradient_.views());
+    adamw::norm<dry, A>(c.policy, gradient_.flat(), norm_);
+    return arena<S>(measuring.peak());
+  }
+
+  void stage(P const& policy, host_view<std::int32_t const, dyn, dyn> tokens) {
+    auto const rows = tokens.extent(0), length = tokens.extent(1) - 1;
+    tensor<space::host, std::int32_t, dyn> token(rows * length), target(rows * length);
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t i = 0; i < length; ++i) {
+        token(r * length + i) = tokens(r, i);
+        target(r * length + i) = tokens(r, i + 1);
+      }
+    memory::upload(policy, token.as_view(), token_.as_view());
+    memory::upload(policy, target.as_view(), target_.as_view());
+  }
+
+  void update(P const& policy, step_report const& report) {
+    adamw::options const how{.learning_rate = report.learning_rate,
+                             .beta1 = options_.beta1,
+                             .beta2 = options_.beta2,
+                             .eps = options_.eps,
+                             .step = report.step,
+                             .max_norm = options_.max_norm};
+    auto const n = network_.memory().matrices().size(), all = gradient_.flat().size();
+    if constexpr (has_masters) {
+      adamw::group const matrices[] = {{.end = n, .weight_decay = options_.weight_decay}};
+      adamw::group const vectors[] = {{.end = all - n, .weight_decay = 0}};
+      adamw::step<P, T>(policy,
+                        {.parameter = master_,
+                         .gradient = gradient_.matrices(),
+                         .first_moment = first_moment_.matrices(),
+                         .second_moment = second_moment_.matrices(),
+                         .copy = network_.memory().matrices()},
+                        norm_, matrices, how);
+      adamw::step<P, T>(policy,
+                        {.parameter = network_.memory().vectors(),
+                         .gradient = gradient_.vectors(),
+                         .first_moment = first_moment_.vectors(),
+                         .second_moment = second_moment_.vectors()},
+                        norm_, vectors, how);
+    } else {
+      adamw::group const groups[] = {{.end = n, .weight_decay = options_.weight_decay}, {.end = all, .weight_decay = 0}};
+      adamw::step<P, T>(policy,
+                        {.parameter = network_.memory().flat(),
+                         .gradient = gradient_.flat(),
+                         .first_moment = first_moment_.flat(),
+                         .second_moment = second_moment_.flat()},
+                        norm_, groups, how);
+    }
+  }
+
+  Network& network_;
+  training_options options_;
+  gradient_memory gradient_;
+  gradient_memory first_moment_;
+  gradient_memory second_moment_;
+  tensor<S, A, dyn> master_;
+  tensor<S, std::int32_t, dyn> token_;
+  tensor<S, std::int32_t, dyn> target_;
+  tensor<S, A, dyn> losses_;
+  tensor<S, A, dyn> norm_;
+  arena<S> workspace_;
+  std::int64_t step_ = 0;
+};
+
+}  // namespace blackmamba
