@@ -78,7 +78,7 @@ struct router {
   /// d_logits must not alias logits. T is deduced from d_logits.
   template <device_policy P, storage A>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<P, A>> const& in,
-                       out<P, A, dyn, dyn> d_logits, options const& options = {}) {
+                       out<P, A, dyn, dyn> d_logits, gate_function gate = gate_function::sigmoid) {
     static_assert(std::is_same_v<A, accum_t<A>>,
                   "blackmamba: router.backward: d_logits is float or double; keep router logits in accum_t<T>");
     auto const rows = d_logits.extent(0), experts = d_logits.extent(1), k = in.expert.extent(1);
@@ -87,7 +87,7 @@ struct router {
     check_shape("router.backward", "d_gate", in.d_gate, {rows, k});
     check_that(k <= experts || rows == 0, "router.backward", "expert", std::to_string(k) + " experts for a token",
                "1 to " + std::to_string(experts));
-    if (d_logits.size() > 0) backend_of<router, P>::backward(policy, in, d_logits, options);
+    if (d_logits.size() > 0) backend_of<router, P>::backward(policy, in, d_logits, gate);
   }
 
   /// Rows that are routed nowhere are counted over blocks of this many rows, then over blocks.

@@ -43,7 +43,7 @@ struct backend<router, device::cpu> {
 
   template <class A>
   static void backward(device::cpu const& policy, router::gradient_inputs<device::cpu, A> const& in,
-                       host_view<A, dyn, dyn> d_logits, router::options const& options) {
+                       host_view<A, dyn, dyn> d_logits, gate_function gate) {
     std::int64_t const rows = d_logits.extent(0), experts = d_logits.extent(1), k = in.expert.extent(1);
     cpu::parallel_for(policy.threads, rows, 256, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
@@ -54,13 +54,13 @@ struct backend<router, device::cpu> {
         auto const selected = [&](std::int64_t a) { return logits[expert[a]]; };
         std::fill_n(d, experts, A(0));
         if (k == 0 || expert[0] < 0) continue;
-        if (options.gate == router::gate_function::sigmoid) {
+        if (gate == gate_function::sigmoid) {
           for (std::int64_t a = 0; a < k; ++a) {
             A const s = math::sigmoid(selected(a));
             d[expert[a]] = d_gate[a] * s * (1 - s);
           }
         } else {
-          bool const all = options.gate == router::gate_function::softmax;
+          bool const all = gate == gate_function::softmax;
           auto const over = all ? math::softmax_over<A>(experts, [&](std::int64_t j) { return logits[j]; })
                                 : math::softmax_over<A>(k, selected);
           auto const p = [&](A logit) { return math::exp(logit - over.largest) / over.sum; };
@@ -96,22 +96,22 @@ struct backend<router, device::cpu> {
       }
     };
     math::softmax_sums<V> over{V(A(0)), V(A(1))};
-    if (options.gate == router::gate_function::softmax) over = math::softmax_over<V>(experts, logit);
+    if (options.gate == gate_function::softmax) over = math::softmax_over<V>(experts, logit);
     auto choice = math::no_choice<V>();
     V largest = V(A(-INFINITY));
     for (std::int64_t a = 0; a < k; ++a) {
       choice = math::next_choice(choice, experts, V(static_cast<A>(options.beta)), logit, offset);
       switch (options.gate) {
-        case router::gate_function::sigmoid: write(a, choice.expert, math::sigmoid(choice.logit)); break;
-        case router::gate_function::softmax: write(a, choice.expert, exp(choice.logit - over.largest) / over.sum); break;
-        case router::gate_function::softmax_selected: {
+        case gate_function::sigmoid: write(a, choice.expert, math::sigmoid(choice.logit)); break;
+        case gate_function::softmax: write(a, choice.expert, exp(choice.logit - over.largest) / over.sum); break;
+        case gate_function::softmax_selected: {
           using math::max;
           write(a, choice.expert, choice.logit);
           largest = max(largest, choice.logit);
         }
       }
     }
-    if (options.gate == router::gate_function::softmax_selected)
+    if (options.gate == gate_function::softmax_selected)
       for (int i = 0; i < lanes; ++i) {
         if (lane(refused, i) != A(0)) continue;
         A* const gate = chosen.gate.row(r + i);
