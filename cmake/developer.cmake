@@ -3,6 +3,8 @@
 # C++20 itself comes with blackmamba::blackmamba. (CMAKE_CXX_STANDARD would be taken for CUDA's standard too, and stop CMake
 # releases that do not know CUDA's 20.)
 set(CMAKE_CXX_EXTENSIONS OFF)
+# There are no modules to look for; where CMake would, it wants a program that clang's package need not bring.
+set(CMAKE_CXX_SCAN_FOR_MODULES OFF)
 
 set(blackmamba_warnings -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wsign-conversion)
 # nvcc's own generated host code is not pedantic, so -Wpedantic stays out of what is handed to its host compiler.
