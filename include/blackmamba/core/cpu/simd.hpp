@@ -196,23 +196,32 @@ BLACKMAMBA_INLINE pack<T, N> each_lane(pack<T, N> x, F f) {
   return r;
 }
 
+/// The lower or the upper half of a pack; no detour over memory where the halves are registers.
+template <class T, int N>
+BLACKMAMBA_INLINE pack<T, N / 2> half_of(pack<T, N> x, bool upper) {
+  pack<T, N / 2> r;
+  std::memcpy(&r.v, reinterpret_cast<char const*>(&x.v) + (upper ? sizeof(r.v) : 0), sizeof(r.v));
+  return r;
+}
 /// Sum of the lanes, in a fixed order (pairwise).
 template <class T, int N>
 BLACKMAMBA_INLINE T sum(pack<T, N> x) {
-  T lane[pack<T, N>::size];
-  x.store(lane);
-  for (int half_width = N / 2; half_width > 0; half_width /= 2)
-    for (int i = 0; i < half_width; ++i) lane[i] += lane[i + half_width];
-  return lane[0];
+  if constexpr (N == 1)
+    return x.v[0];
+  else if constexpr (N == 2)
+    return x.v[0] + x.v[1];
+  else
+    return sum(half_of(x, false) + half_of(x, true));
 }
 /// Largest lane.
 template <class T, int N>
 BLACKMAMBA_INLINE T max_lane(pack<T, N> x) {
-  T lane[pack<T, N>::size];
-  x.store(lane);
-  T m = lane[0];
-  for (int i = 1; i < N; ++i) m = lane[i] > m ? lane[i] : m;
-  return m;
+  if constexpr (N == 1)
+    return x.v[0];
+  else if constexpr (N == 2)
+    return x.v[0] > x.v[1] ? x.v[0] : x.v[1];
+  else
+    return max_lane(max(half_of(x, false), half_of(x, true)));
 }
 
 /// Calls body(index, lanes) over [0, n): full packs of N with the integral constant N, then one rest with an int.
