@@ -232,16 +232,16 @@ inline header parse_header(std::string_view text, std::uint64_t data_bytes, std:
   for (auto const& [name, t] : h.tensors) {
     std::uint64_t bytes = dtype_bytes(t.dtype);
     if (bytes == 0) throw file_error(file + ": tensor '" + name + "' has the unknown dtype '" + t.dtype + "'");
+    if (t.begin > t.end || t.end > data_bytes)
+      throw file_error(file + ": tensor '" + name + "' lies at bytes " + std::to_string(t.begin) + " to " +
+                       std::to_string(t.end) + ", but the file has " + std::to_string(data_bytes) +
+                       " bytes of data; it is truncated or damaged");
     for (auto extent : t.shape) {
       auto const e = static_cast<std::uint64_t>(extent);
       if (e != 0 && bytes > data_bytes / e)
         throw file_error(file + ": tensor '" + name + "' is larger than the file");
       bytes *= e;
     }
-    if (t.begin > t.end || t.end > data_bytes)
-      throw file_error(file + ": tensor '" + name + "' lies at bytes " + std::to_string(t.begin) + " to " +
-                       std::to_string(t.end) + ", but the file has " + std::to_string(data_bytes) +
-                       " bytes of data; it is truncated or damaged");
     if (t.end - t.begin != bytes)
       throw file_error(file + ": tensor '" + name + "' takes " + std::to_string(t.end - t.begin) +
                        " bytes, but its shape and dtype ask for " + std::to_string(bytes));

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 #include <string>
 #include <utility>
@@ -38,10 +39,12 @@ class corpus {
   }
   /// Reads a file. @throws file_error where it can't be read
   void add_file(std::string const& path, double weight = 1) {
+    std::error_code failed;
+    auto const size = std::filesystem::file_size(path, failed);  // fails on directories too
     std::ifstream in(path, std::ios::binary);
-    std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-    if (!in.good() && !in.eof()) throw file_error(path + ": can't be read");
-    if (!in.is_open()) throw file_error(path + ": can't be read");
+    std::string text(failed ? 0 : static_cast<std::size_t>(size), '\0');
+    if (failed || !in || !in.read(text.data(), static_cast<std::streamsize>(text.size())))
+      throw file_error(path + ": can't be read");
     add(path, std::move(text), weight);
   }
 
