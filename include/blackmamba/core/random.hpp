@@ -15,20 +15,25 @@ class philox {
  public:
   BLACKMAMBA_HD constexpr explicit philox(std::uint64_t seed, std::uint64_t stream = 0) : seed_(seed), stream_(stream) {}
 
+  /// The cipher itself: replaces the 128-bit counter by 128 random bits under the key.
+  BLACKMAMBA_HD static constexpr void block(std::uint32_t (&counter)[4], std::uint32_t key0, std::uint32_t key1) {
+    for (int round = 0; round < 10; ++round) {
+      std::uint64_t const p0 = std::uint64_t{0xD2511F53u} * counter[0];
+      std::uint64_t const p1 = std::uint64_t{0xCD9E8D57u} * counter[2];
+      std::uint32_t const next[4] = {
+          static_cast<std::uint32_t>(p1 >> 32) ^ counter[1] ^ key0, static_cast<std::uint32_t>(p1),
+          static_cast<std::uint32_t>(p0 >> 32) ^ counter[3] ^ key1, static_cast<std::uint32_t>(p0)};
+      for (int j = 0; j < 4; ++j) counter[j] = next[j];
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+  }
+
   /// 32 random bits.
   BLACKMAMBA_HD constexpr std::uint32_t bits(std::uint64_t i) const {
     std::uint32_t c[4] = {static_cast<std::uint32_t>(i >> 2), static_cast<std::uint32_t>(i >> 34),
                           static_cast<std::uint32_t>(stream_), static_cast<std::uint32_t>(stream_ >> 32)};
-    std::uint32_t k0 = static_cast<std::uint32_t>(seed_), k1 = static_cast<std::uint32_t>(seed_ >> 32);
-    for (int round = 0; round < 10; ++round) {
-      std::uint64_t const p0 = std::uint64_t{0xD2511F53u} * c[0];
-      std::uint64_t const p1 = std::uint64_t{0xCD9E8D57u} * c[2];
-      std::uint32_t const next[4] = {static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ k0, static_cast<std::uint32_t>(p1),
-                                     static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ k1, static_cast<std::uint32_t>(p0)};
-      for (int j = 0; j < 4; ++j) c[j] = next[j];
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
+    block(c, static_cast<std::uint32_t>(seed_), static_cast<std::uint32_t>(seed_ >> 32));
     return c[i & 3u];
   }
   /// Uniform on (0, 1): 23 bits and a half, so that neither 0 nor 1 can come out of rounding.

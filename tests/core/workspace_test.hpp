@@ -1,0 +1,102 @@
+#include "support/support.hpp"
+
+#include <blackmamba/core/workspace.hpp>
+
+using namespace blackmamba;
+
+namespace {
+using test_arena = arena<test::test_space>;
+}
+
+TEST_CASE("workspace: blocks are aligned, follow each other and have their shape") {
+  test_arena memory(4096);
+  auto const a = memory.allocate<float>(3, 5);
+  auto const b = memory.allocate<double>(7);
+  CHECK(a.extents() == std::array<std::int64_t, 2>{3, 5});
+  CHECK(reinterpret_cast<std::uintptr_t>(a.data()) % 256 == 0);
+  CHECK(reinterpret_cast<std::uintptr_t>(b.data()) - reinterpret_cast<std::uintptr_t>(a.data()) == 256);
+  CHECK(memory.used() == 512);
+  CHECK(memory.peak() == 512);
+  CHECK(memory.capacity() == 4096);
+  auto const none = memory.allocate<float>(0, 9);
+  CHECK(none.size() == 0);
+  CHECK(memory.used() == 512);
+}
+TEST_CASE("workspace: exhaustion names what was asked, what is in use and the size") {
+  test_arena memory(1024);
+  memory.allocate<char>(700);
+  CHECK(test::message_of<workspace_error>([&] { memory.allocate<float>(100); }) ==
+        "workspace: asked for 400 bytes with 768 in use, but the arena has 1024 bytes");
+  CHECK(memory.used() == 768);  // unchanged: what fits still does
+  CHECK_NOTHROW(memory.allocate<float>(64));
+  CHECK(memory.used() == 1024);
+}
+TEST_CASE("workspace: scopes give back what they took") {
+  test_arena memory(4096);
+  test_policy policy = make_policy();
+  policy.workspace = &memory;
+  {
+    scratch<test_policy> outer(policy, 0);
+    auto const kept = outer.allocate<float>(10);
+    {
+      scratch<test_policy> inner(policy, 0);
+      auto const more = inner.allocate<float>(100);
+      CHECK(more.data() != kept.data());
+      CHECK(memory.used() == 768);
+    }
+    CHECK(memory.used() == 256);
+    auto const again = outer.allocate<float>(100);
+    CHECK(reinterpret_cast<std::uintptr_t>(again.data()) - reinterpret_cast<std::uintptr_t>(kept.data()) == 256);
+  }
+  CHECK(memory.used() == 0);
+  CHECK(memory.peak() == 768);
+}
+TEST_CASE("workspace: without one, a scope owns what scratch_sum says") {
+  auto const bytes = scratch_sum(40, 257, std::size_t{0});
+  CHECK(bytes == 256 + 512);
+  CHECK(scratch_sum() == 0);
+  scratch<test_policy> own(make_policy(), bytes);
+  CHECK_NOTHROW(own.allocate<float>(10));
+  CHECK_NOTHROW(own.allocate<char>(257));
+  CHECK(test::message_of<workspace_error>([&] { own.allocate<char>(1); }) ==
+        "workspace: asked for 1 bytes with 768 in use, but the arena has 768 bytes");
+}
+TEST_CASE("workspace: a measuring arena counts under the dry policy, and its peak is enough") {
+  auto measure = test_arena::measuring();
+  auto const step = [](auto const& policy) {
+    using P = std::remove_cvref_t<decltype(policy)>;
+    scratch<P> outer(policy, 0);
+    outer.template allocate<double>(100);
+    {
+      scratch<P> inner(policy, 0);
+      inner.template allocate<char>(3, 1000);
+    }
+    scratch<P> inner(policy, 0);
+    inner.template allocate<char>(10);
+  };
+  step(device::dry<test_policy>{&measure});
+  CHECK(measure.peak() == 1024 + 3072);
+  CHECK(measure.used() == 0);
+  CHECK(measure.capacity() == 0);
+  CHECK(measure.allocate<float>(3).present());  // absence would mean something else
+
+  test_policy policy = make_policy();
+  test_arena enough(measure.peak()), short_of_one(measure.peak() - 1);
+  policy.workspace = &enough;
+  CHECK_NOTHROW(step(policy));
+  policy.workspace = &short_of_one;
+  CHECK_THROWS_AS(step(policy), workspace_error);
+}
+TEST_CASE("workspace: arenas move") {
+  test_arena a(512);
+  auto const block = a.allocate<float>(4);
+  test_arena b(std::move(a));
+  CHECK(b.used() == 256);
+  CHECK(b.capacity() == 512);
+  CHECK(a.capacity() == 0);
+  test_arena c(256);
+  c = std::move(b);
+  CHECK(c.capacity() == 512);
+  c.release_to(0);
+  CHECK(c.allocate<float>(4).data() == block.data());
+}
