@@ -1,12 +1,14 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace blackmamba::cpu {
@@ -20,7 +22,9 @@ inline void pause() {
 }
 
 /// Helper threads that wait for work: first spinning, for a model's step is a row of short parallel regions, then
-/// asleep. The calling thread takes a share itself. One region at a time; whoever finds the team busy works alone.
+/// asleep. The calling thread takes a share itself, and then the shares of helpers that have not woken up by then: a
+/// region never waits for a thread that the system does not run. One region at a time; whoever finds the team busy works
+/// alone.
 class thread_team {
  public:
   static thread_team& instance() {
@@ -32,85 +36,91 @@ class thread_team {
     return n;
   }
 
-  /// Calls work(context, i) for i in [0, shares), each once, on up to `shares` threads; returns when all are done.
+  /// Calls work(context, i) for i in [0, shares), each once, on up to `shares` threads; returns when all are done. work
+  /// must not throw.
   void run(int shares, void (*work)(void*, int), void* context) {
-    std::unique_lock<std::mutex> one_at_a_time(busy_, std::try_to_lock);
-    if (!one_at_a_time.owns_lock() || shares <= 1 || inside_) {
+    // A thread inside a region may hold the lock, and must not try to take it again.
+    std::unique_lock<std::mutex> one_at_a_time(busy_, std::defer_lock);
+    if (shares <= 1 || inside_ || !one_at_a_time.try_lock()) {
       for (int i = 0; i < shares; ++i) work(context, i);
       return;
     }
-    grow(shares - 1);
+    int const helping = std::min(shares - 1, grow(shares - 1));
     work_ = work;
     context_ = context;
-    shares_ = shares;
-    pending_.store(static_cast<int>(helpers_.size()), std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(sleep_);
-      generation_.fetch_add(1, std::memory_order_release);
+    for (int i = 0; i < helping; ++i) {
+      helpers_[static_cast<std::size_t>(i)]->state.store(posted, std::memory_order_release);
+      helpers_[static_cast<std::size_t>(i)]->state.notify_one();
     }
-    wake_.notify_all();
     inside_ = true;
     work(context, 0);
+    for (int i = helping; i < shares - 1; ++i) work(context, i + 1);
+    for (int i = 0; i < helping; ++i) {
+      auto& state = helpers_[static_cast<std::size_t>(i)]->state;
+      int expected = posted;
+      if (state.compare_exchange_strong(expected, idle, std::memory_order_acquire)) work(context, i + 1);
+    }
     inside_ = false;
-    for (int spin = 0; pending_.load(std::memory_order_acquire) != 0; ++spin)
-      if (spin < spins)
-        pause();
-      else
-        std::this_thread::yield();
+    for (int i = 0; i < helping; ++i)
+      for (int spin = 0; helpers_[static_cast<std::size_t>(i)]->state.load(std::memory_order_acquire) != idle; ++spin)
+        if (spin < spins)
+          pause();
+        else
+          std::this_thread::yield();
   }
 
  private:
   static constexpr int spins = 4000;
+  /// A helper's share waits to be taken, by the helper or by the caller; the helper works on it; there is none.
+  enum : int { idle, posted, working, stopping };
+  struct alignas(64) helper {
+    std::atomic<int> state{idle};
+    std::thread thread;
+  };
 
   thread_team() = default;
   ~thread_team() {
-    {
-      std::lock_guard<std::mutex> lock(sleep_);
-      stop_ = true;
-      generation_.fetch_add(1, std::memory_order_release);
+    for (auto& h : helpers_) {
+      h->state.store(stopping, std::memory_order_release);
+      h->state.notify_one();
     }
-    wake_.notify_all();
-    for (auto& t : helpers_) t.join();
+    for (auto& h : helpers_) h->thread.join();
   }
 
-  void grow(int helpers) {
-    while (static_cast<int>(helpers_.size()) < helpers) {
-      int const share = static_cast<int>(helpers_.size()) + 1;
-      helpers_.emplace_back([this, share, seen = generation_.load()] { serve(share, seen); });
+  /// Up to `helpers` helpers, fewer where the system gives no more threads; returns how many there are.
+  int grow(int helpers) {
+    try {
+      while (static_cast<int>(helpers_.size()) < helpers) {
+        auto h = std::make_unique<helper>();
+        h->thread = std::thread([this, &state = h->state, share = static_cast<int>(helpers_.size()) + 1] { serve(state, share); });
+        helpers_.push_back(std::move(h));
+      }
+    } catch (std::system_error const&) {
     }
+    return static_cast<int>(helpers_.size());
   }
 
-  void serve(int share, std::uint64_t seen) {
+  void serve(std::atomic<int>& state, int share) {
     inside_ = true;
     for (;;) {
-      int spin = 0;
-      while (generation_.load(std::memory_order_acquire) == seen && spin < spins) {
-        pause();
-        ++spin;
+      for (int spin = 0; spin < spins && state.load(std::memory_order_relaxed) == idle; ++spin) pause();
+      state.wait(idle, std::memory_order_relaxed);
+      int expected = posted;
+      if (state.compare_exchange_strong(expected, working, std::memory_order_acquire)) {
+        work_(context_, share);
+        state.store(idle, std::memory_order_release);
+      } else if (expected == stopping) {
+        return;
       }
-      if (generation_.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(sleep_);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-      }
-      ++seen;
-      if (stop_) return;
-      if (share < shares_) work_(context_, share);
-      pending_.fetch_sub(1, std::memory_order_acq_rel);
     }
   }
 
   inline static thread_local bool inside_ = false;  // nested regions run on the thread that opens them
 
   std::mutex busy_;
-  std::mutex sleep_;
-  std::condition_variable wake_;
-  std::atomic<std::uint64_t> generation_{0};
-  std::atomic<int> pending_{0};
   void (*work_)(void*, int) = nullptr;
   void* context_ = nullptr;
-  int shares_ = 0;
-  bool stop_ = false;
-  std::vector<std::thread> helpers_;
+  std::vector<std::unique_ptr<helper>> helpers_;
 };
 
 }  // namespace detail
@@ -151,6 +161,18 @@ void parallel_for(int threads, std::int64_t n, std::int64_t grain, Body&& body) 
       },
       &shared);
   if (shared.failure) std::rethrow_exception(shared.failure);
+}
+
+/// Calls body(next) once on each of up to `threads` threads (0: all cores). next() hands out 0, 1, ..., n - 1, each to one
+/// thread, and from then on n: for tasks of unequal size, and for bodies that keep something from one task to the next.
+/// What a task computes must not depend on the thread that takes it. Exceptions and nesting as in parallel_for.
+template <class Body>
+void parallel_tasks(int threads, std::int64_t n, Body&& body) {
+  if (n <= 0) return;
+  std::atomic<std::int64_t> claimed{0};
+  auto const next = [&] { return std::min(claimed.fetch_add(1, std::memory_order_relaxed), n); };
+  std::int64_t const shares = std::min<std::int64_t>(thread_count(threads), n);
+  parallel_for(static_cast<int>(shares), shares, 1, [&](std::int64_t, std::int64_t) { body(next); });
 }
 
 }  // namespace blackmamba::cpu

@@ -2,7 +2,10 @@
 #include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/workspace.hpp>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -50,6 +53,7 @@ struct linear {
   /// d_x = d_y weight, or d_x += it        d_x must not overlap d_y
   /// d_weight += d_y^T x
   /// d_bias += sum over rows of d_y
+  /// scratch_bytes<T>(R, I, O) of scratch where d_weight is wanted.
   template <device_policy P, storage T, storage Y = T>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<P, T, Y>> const& in,
                        std::type_identity_t<gradients<P, T>> const& d) {
@@ -60,7 +64,25 @@ struct linear {
     check_optional_shape("linear.backward", "d_x", d.d_x, {rows, width});
     check_optional_shape("linear.backward", "d_weight", d.d_weight, {outputs, width});
     check_optional_shape("linear.backward", "d_bias", d.d_bias, {outputs});
-    if (rows > 0) backend_of<linear, P>::backward(policy, in, d);
+    if (rows == 0 || (outputs == 0 && d.d_x_update == update::accumulate)) return;
+    bool const parts = d.d_weight.present();
+    scratch<P> memory(policy, parts ? scratch_bytes<T>(rows, width, outputs) : 0);
+    auto d_weight_parts =
+        memory.template allocate<accum_t<T>>(parts ? d_weight_parts_apart(rows, width, outputs) : 0, outputs, width);
+    backend_of<linear, P>::backward(policy, in, d, d_weight_parts);
+  }
+
+  /// A small d_weight has too few elements to share among cores, but each is a sum over many rows: the rows are cut in
+  /// parts of at least 512, as many as make 32 tasks of at most 128 x 240 elements. The first part is added to d_weight
+  /// directly; this many others are summed apart, and added in order.
+  static constexpr std::int64_t d_weight_parts_apart(std::int64_t rows, std::int64_t width, std::int64_t outputs) {
+    std::int64_t const tiles = std::max<std::int64_t>(1, (outputs + 127) / 128 * ((width + 239) / 240));
+    return std::max<std::int64_t>(1, std::min(rows / 512, 32 / tiles)) - 1;
+  }
+  template <storage T>
+  static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t width, std::int64_t outputs) {
+    return scratch_sum(sizeof(accum_t<T>) *
+                       static_cast<std::size_t>(d_weight_parts_apart(rows, width, outputs) * outputs * width));
   }
 
  private:
