@@ -1,6 +1,7 @@
 /// Trains a byte-level BlackMamba on a text, measures it on the text's held-out tail, generates from it, and checks its
 /// checkpoint. Usage: quickstart --text FILE[:WEIGHT] [--text ...] [--steps N] [--seed N] [--checkpoint FILE]
 #include "support/progress.hpp"
+#include "support/quickstart_model.hpp"
 #include "support/text.hpp"
 
 #include <blackmamba/blackmamba.hpp>
@@ -16,11 +17,7 @@
 
 namespace bm = blackmamba;
 
-struct quickstart_config {
-  static constexpr int d_model = 128, layers = 8, d_state = 16, d_conv = 4, expand = 2, d_ff = 256, experts = 8, vocab = 256;
-};
 using network_type = bm::network<bm::blackmamba_model<quickstart_config>, bm::device::cpu>;
-using tokens_type = bm::tensor<bm::space::host, std::int32_t, bm::dyn, bm::dyn>;
 
 struct arguments {
   bm::corpus corpus{1};
@@ -67,12 +64,12 @@ arguments parse(int argc, char** argv) {
 }
 
 /// Rows of length + 1 bytes that follow one another, as many as fill whole batches (at most `most` rows).
-tokens_type windows(std::string const& bytes, std::int64_t length, std::int64_t batch, std::int64_t most) {
+bm::token_batch windows(std::string const& bytes, std::int64_t length, std::int64_t batch, std::int64_t most) {
   std::int64_t rows = std::min((static_cast<std::int64_t>(bytes.size()) - 1) / length, most) / batch * batch;
   if (rows <= 0)
     throw bm::value_error("quickstart: the held-out text has " + std::to_string(bytes.size()) +
                           " bytes, expected at least " + std::to_string(batch * length + 1));
-  tokens_type t(rows, length + 1);
+  bm::token_batch t(rows, length + 1);
   for (std::int64_t r = 0; r < rows; ++r)
     for (std::int64_t i = 0; i <= length; ++i)
       t(r, i) = static_cast<unsigned char>(bytes[static_cast<std::size_t>(r * length + i)]);
@@ -111,7 +108,7 @@ double decode_time(bm::generator<network_type>& from, std::int64_t position) {
 
 int run(int argc, char** argv) {
   arguments const a = parse(argc, argv);
-  constexpr std::int64_t batch = 16, length = 128;
+  constexpr std::int64_t batch = quickstart_batch, length = quickstart_length;
   a.corpus.check_length(length + 1);
 
   network_type network(a.seed);
@@ -126,10 +123,9 @@ int run(int argc, char** argv) {
               static_cast<double>(train.workspace_bytes()) * 1e-6);
 
   progress bar(a.steps, batch * length);
-  tokens_type tokens(batch, length + 1);
   for (std::int64_t step = 1; step <= a.steps; ++step) {
-    a.corpus.sample(static_cast<std::uint64_t>((step - 1) * batch), tokens);
-    bar.update(step, train.step(tokens).loss);
+    auto const first = static_cast<std::uint64_t>((step - 1) * batch);
+    bar.update(step, train.step(a.corpus.sample(first, batch, length + 1)).loss);
   }
   double const tokens_per_second = static_cast<double>(a.steps * batch * length) / bar.seconds();
 
@@ -142,7 +138,7 @@ int run(int argc, char** argv) {
   double const worst_load = show_experts(network);
 
   std::string const prompt = "In the beginning ";
-  std::vector<std::int32_t> const prompt_tokens(prompt.begin(), prompt.end());
+  auto const prompt_tokens = bm::byte_tokens(prompt);
   bm::generator speak(network);
   std::printf("\n%s", prompt.c_str());
   bm::generate(speak, prompt_tokens, 400, {.temperature = 0.8, .top_p = 0.95, .seed = a.seed}, [](std::int32_t byte) {

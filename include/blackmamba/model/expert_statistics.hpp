@@ -16,6 +16,7 @@ namespace blackmamba {
 struct expert_statistics {
   std::string layer;                ///< the layer's prefix in a checkpoint
   std::vector<std::int64_t> load;   ///< tokens of each expert
+  std::int32_t unrouted = 0;        ///< tokens with a router logit that is not finite: no expert took them
   sinkhorn::report balance{};       ///< what Sinkhorn reached, where it is the balance rule
 
   /// The busiest expert's tokens over the mean; 0 where no token was routed.
@@ -39,9 +40,11 @@ std::vector<expert_statistics> expert_statistics_of(Network const& network) {
     tensor<space::host, T, dyn> host(x.size());
     memory::download(network.policy(), x, host.as_view());
     if constexpr (std::is_same_v<T, std::int64_t>) {
-      expert_statistics s{e.name.substr(0, e.name.rfind('.')), {}, {}};
+      expert_statistics s{e.name.substr(0, e.name.rfind('.')), {}, 0, {}};
       for (std::int64_t i = 0; i + 1 < host.size(); ++i) s.load.push_back(host(i + 1) - host(i));
       layers.push_back(std::move(s));
+    } else if constexpr (std::is_same_v<T, std::int32_t>) {
+      layers.back().unrouted = host(0);
     } else if constexpr (std::is_same_v<T, sinkhorn::report>) {
       layers.back().balance = host(0);
     }

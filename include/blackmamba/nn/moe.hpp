@@ -47,6 +47,7 @@ struct moe : stateless {
     view<S, T, dyn, dyn, dyn> fc2;           // (E, d_model, d_ff)
     view<S, accum_t<T>, dyn, dyn> fc2_bias;  // (E, d_model)       only with Config::add_bias_linear
     view<S, std::int64_t, dyn> load;         // (E + 1)            statistic: offsets of the experts' rows
+    view<S, std::int32_t, dyn> unrouted;     // (1)                statistic: rows whose logits are not finite
     view<S, sinkhorn::report, dyn> report;   // (1)                statistic: what Sinkhorn reached
   };
   template <class S, storage T>
@@ -80,6 +81,7 @@ struct moe : stateless {
     if (biased)
       v(entry{expert + "linear_fc2.bias", kind::vector, {experts, d_model}, initial::constant(0), active}, p.fc2_bias);
     v(entry{prefix + "load", kind::statistic, {experts + 1}}, p.load);
+    v(entry{prefix + "unrouted", kind::statistic, {1}}, p.unrouted);
     v(entry{prefix + "report", kind::statistic, {1}}, p.report);
   }
 
@@ -96,10 +98,13 @@ struct moe : stateless {
     keep.expert = c.template allocate<std::int32_t>(tokens, k);
     keep.gate = c.template allocate<A>(tokens, k);
     bool const balanced = c.training || balance::at_inference;
-    router::forward<P, A>(c.policy, {.logits = keep.logits, .offset = balanced ? p.balance_offset : view<S, A, dyn>{}},
-                          {.expert = keep.expert, .gate = keep.gate}, {.gate = Routing::gate, .beta = balance::beta});
-
     bool const record = c.training || c.observe;
+    router::forward<P, A>(c.policy, {.logits = keep.logits, .offset = balanced ? p.balance_offset : view<S, A, dyn>{}},
+                          {.expert = keep.expert,
+                           .gate = keep.gate,
+                           .non_finite_rows = record ? p.unrouted : view<S, std::int32_t, dyn>{}},
+                          {.gate = Routing::gate, .beta = balance::beta});
+
     keep.offsets = record ? p.load : c.template allocate<std::int64_t>(experts + 1);
     keep.source = c.template allocate<std::int32_t>(slots);
     keep.row = c.template allocate<std::int32_t>(slots);

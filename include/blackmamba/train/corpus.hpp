@@ -8,10 +8,22 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 namespace blackmamba {
+
+/// Token ids of a batch, one row for each sequence, in host memory.
+using token_batch = tensor<space::host, std::int32_t, dyn, dyn>;
+
+/// The bytes of a text as token ids, 0 to 255.
+inline std::vector<std::int32_t> byte_tokens(std::string_view text) {
+  std::vector<std::int32_t> tokens;
+  tokens.reserve(text.size());
+  for (char c : text) tokens.push_back(static_cast<unsigned char>(c));
+  return tokens;
+}
 
 /// A weighted mixture of byte texts. The tail of every text is held out from training. Which window a training example is depends
 /// on the seed and the example's number alone, so a resumed run sees the same examples.
@@ -67,6 +79,12 @@ class corpus {
       for (std::int64_t i = 0; i < length; ++i)
         tokens(r, i) = static_cast<unsigned char>(sources_[s].text[static_cast<std::size_t>(at + i)]);
     }
+  }
+
+  token_batch sample(std::uint64_t first, std::int64_t rows, std::int64_t length) const {
+    token_batch tokens(rows, length);
+    sample(first, tokens);
+    return tokens;
   }
 
   /// Throws value_error that names the text where a training part is shorter than `length` bytes.

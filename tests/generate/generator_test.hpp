@@ -1,0 +1,112 @@
+#include "support/models.hpp"
+
+#include <filesystem>
+
+using namespace blackmamba;
+
+namespace {
+using net_type = network<test::tiny_blackmamba, test_policy>;
+std::vector<std::int32_t> const prompt = {1, 2, 3, 4, 5};
+}  // namespace
+
+TEST_CASE("generator: a state is a fork: two continuations of it agree") {
+  net_type net(1, make_policy());
+  generator from(net);
+  from.prefill(prompt);
+  auto const fork = from.state();
+  std::int32_t const next = 7;
+  from.step({&next, 1});
+  auto const once = test::logits_of(from);
+  from.step({&next, 1});
+  from.restore(fork);
+  CHECK(from.position() == 5);
+  from.step({&next, 1});
+  test::check_equal(test::logits_of(from), once);
+}
+
+TEST_CASE("generator: a state that is saved and loaded goes on bit for bit") {
+  auto const path = (std::filesystem::temp_directory_path() / "blackmamba-state-test").string();
+  net_type net(1, make_policy());
+  generator from(net), again(net);
+  from.prefill(prompt);
+  from.state().save(path);
+  auto loaded = again.state();
+  loaded.load(path);
+  again.restore(loaded);
+  std::int32_t const next = 7;
+  from.step({&next, 1});
+  again.step({&next, 1});
+  test::check_equal(test::logits_of(again), test::logits_of(from));
+  CHECK(again.position() == 6);
+
+  generator two(net, {.batch = 2});
+  auto other = two.state();
+  CHECK(test::message_of<file_error>([&] { other.load(path); }) ==
+        path + ": a state of 1 sequences with capacity 0, expected 2 with 0");
+  network<test::tiny_blackmamba, test_policy, double> wide(1, make_policy());
+  generator in_double(wide);
+  auto third = in_double.state();
+  CHECK(test::message_of<file_error>([&] { third.load(path); }) == path + ": a state in float32, expected float64");
+  std::filesystem::remove(path);
+}
+
+TEST_CASE("generator: the state's size does not depend on the text's length") {
+  net_type net(1, make_policy());
+  generator from(net);
+  auto const bytes = from.state().bytes();
+  std::int32_t const next = 7;
+  for (int i = 0; i < 100; ++i) from.step({&next, 1});
+  CHECK(from.state().bytes() == bytes);
+  CHECK(bytes >= 2 * (3 * 16 + 16 * 3) * 4);  // two mamba layers: 3 steps of 16 channels, 16 channels of 3 states
+}
+
+TEST_CASE("generate: streams what it returns, repeats with its seed, stops when told") {
+  net_type net(1, make_policy());
+  generator from(net);
+  auto const fresh = from.state();
+  std::vector<std::int32_t> streamed;
+  auto const made = generate(from, prompt, 20, {.temperature = 2, .seed = 5}, [&](std::int32_t t) {
+    streamed.push_back(t);
+    return true;
+  });
+  CHECK(made.size() == 20);
+  CHECK(streamed == made);
+  from.restore(fresh);
+  CHECK(generate(from, prompt, 20, {.temperature = 2, .seed = 5}, [](std::int32_t) { return true; }) == made);
+  from.restore(fresh);
+  CHECK(generate(from, prompt, 20, {.temperature = 2, .seed = 6}, [](std::int32_t) { return true; }) != made);
+  from.restore(fresh);
+  int count = 0;
+  CHECK(generate(from, prompt, 20, {.temperature = 2, .seed = 5}, [&](std::int32_t) { return ++count < 3; }).size() == 3);
+  from.restore(fresh);
+  CHECK(generate(from, prompt, 0, {}, [](std::int32_t) { return true; }).empty());
+}
+
+TEST_CASE("generator: greedy text is that of the whole forward pass, token by token") {
+  net_type net(1, make_policy());
+  generator from(net);
+  auto text = prompt;
+  for (auto t : generate(from, prompt, 12, {.temperature = 0}, [](std::int32_t) { return true; })) text.push_back(t);
+  for (std::size_t n = prompt.size(); n < text.size(); ++n) {
+    generator whole(net);
+    whole.prefill(std::span(text).first(n));
+    sampler greedy({.temperature = 0});
+    CHECK(greedy(whole.logits(), 0) == text[n]);
+  }
+}
+
+TEST_CASE("generator: bad tokens, prompts and a full cache are named") {
+  net_type net(1, make_policy());
+  generator from(net);
+  std::vector<std::int32_t> const bad = {1, 11}, none;
+  CHECK(test::message_of<value_error>([&] { from.prefill(bad); }) ==
+        "generator: token 1 of sequence 0: got 11, expected 0 to 10");
+  CHECK(test::message_of<shape_error>([&] { from.prefill(none); }) ==
+        "generator.prefill: tokens: got an empty prompt, expected at least one token");
+  CHECK(test::message_of<shape_error>([&] { from.step(bad); }) == "generator.step: tokens: got (2, 1), expected (1, 1)");
+  CHECK(from.position() == 0);
+
+  network<test::tiny_transformer, test_policy> attentive(1, make_policy());
+  generator full(attentive, {.capacity = 4});
+  CHECK_THROWS_AS(full.prefill(prompt), value_error);
+}
