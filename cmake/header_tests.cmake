@@ -3,30 +3,46 @@
 # Alone: a translation unit for each header, which includes it twice (guards) and nothing else, under strict warnings as
 # errors. Linked twice: these units are linked with one more that includes all headers, so that a function which is
 # defined in a header without `inline` is there twice, and the linker says so.
+#
+# nvcc takes three seconds for what the others do in a fraction of one. The C++ headers are known to stand alone when it
+# gets them, so that it gets them by folder; the CUDA headers (.cuh) it gets alone.
 
 file(GLOB_RECURSE blackmamba_hpp CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/include
   ${PROJECT_SOURCE_DIR}/include/blackmamba/*.hpp)
 file(GLOB_RECURSE blackmamba_cuh CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/include
   ${PROJECT_SOURCE_DIR}/include/blackmamba/*.cuh)
 
-# blackmamba_header_units(<result> <directory> <extension> <header>...): writes the units.
+# blackmamba_header_units(<result> <directory> <extension> [ALONE <header>...] [BY_FOLDER <header>...]): writes the units.
 function(blackmamba_header_units result directory extension)
+  cmake_parse_arguments(PARSE_ARGV 3 headers "" "" "ALONE;BY_FOLDER")
   set(all "")
-  set(units "")
-  foreach(header IN LISTS ARGN)
+  set(stems "")
+  foreach(header IN LISTS headers_ALONE)
     string(REPLACE "/" "." stem ${header})
-    set(unit ${directory}/${stem}.${extension})
-    file(CONFIGURE OUTPUT ${unit} CONTENT "#include <${header}>\n#include <${header}>\n" @ONLY)
-    list(APPEND units ${unit})
+    list(APPEND stems ${stem})
+    set(text_${stem} "#include <${header}>\n#include <${header}>\n")
     string(APPEND all "#include <${header}>\n")
   endforeach()
-  file(CONFIGURE OUTPUT ${directory}/all_headers.${extension} CONTENT "${all}\nint main() {}\n" @ONLY)
-  set(${result} ${units} ${directory}/all_headers.${extension} PARENT_SCOPE)
+  foreach(header IN LISTS headers_BY_FOLDER)
+    get_filename_component(stem ${header} DIRECTORY)
+    string(REPLACE "/" "." stem ${stem})
+    list(APPEND stems ${stem})
+    string(APPEND text_${stem} "#include <${header}>\n")
+    string(APPEND all "#include <${header}>\n")
+  endforeach()
+  list(REMOVE_DUPLICATES stems)
+  set(units ${directory}/all_headers.${extension})
+  file(CONFIGURE OUTPUT ${units} CONTENT "${all}\nint main() {}\n" @ONLY)
+  foreach(stem IN LISTS stems)
+    file(CONFIGURE OUTPUT ${directory}/${stem}.${extension} CONTENT "${text_${stem}}" @ONLY)
+    list(APPEND units ${directory}/${stem}.${extension})
+  endforeach()
+  set(${result} ${units} PARENT_SCOPE)
 endfunction()
 
 # The main compiler.
 set(blackmamba_header_dir ${CMAKE_CURRENT_BINARY_DIR}/headers)
-blackmamba_header_units(header_units ${blackmamba_header_dir}/cxx cpp ${blackmamba_hpp})
+blackmamba_header_units(header_units ${blackmamba_header_dir}/cxx cpp ALONE ${blackmamba_hpp})
 add_executable(headers_cxx ${header_units})
 target_link_libraries(headers_cxx PRIVATE blackmamba::blackmamba)
 target_compile_options(headers_cxx PRIVATE ${blackmamba_warnings} -Werror -O0)
@@ -75,14 +91,14 @@ endif()
 
 if(blackmamba_with_cuda)
   # nvcc: the C++ headers as CUDA, and the CUDA headers.
-  blackmamba_header_units(header_units ${blackmamba_header_dir}/cuda cu ${blackmamba_hpp} ${blackmamba_cuh})
+  blackmamba_header_units(header_units ${blackmamba_header_dir}/cuda cu ALONE ${blackmamba_cuh} BY_FOLDER ${blackmamba_hpp})
   add_executable(headers_cuda ${header_units})
   target_link_libraries(headers_cuda PRIVATE blackmamba::cuda)
   target_compile_options(headers_cuda PRIVATE ${blackmamba_cuda_warnings}
     "SHELL:-Werror all-warnings -Xcompiler=-Werror -Xcompiler=-O0")
   set_target_properties(headers_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real)
-  add_test(NAME headers.alone_and_twice.cuda COMMAND headers_cuda)
-  set_tests_properties(headers.alone_and_twice.cuda PROPERTIES LABELS headers)
+  add_test(NAME headers.twice.cuda COMMAND headers_cuda)
+  set_tests_properties(headers.twice.cuda PROPERTIES LABELS headers)
 
   # The umbrella in two units of one program, for two architectures and as PTX.
   foreach(unit IN ITEMS first second)
