@@ -12,7 +12,7 @@ file(GLOB_RECURSE blackmamba_hpp CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR
 file(GLOB_RECURSE blackmamba_cuh CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/include
   ${PROJECT_SOURCE_DIR}/include/blackmamba/*.cuh)
 
-# blackmamba_header_units(<result> <directory> <extension> [ALONE <header>...] [BY_FOLDER <header>...]): writes the units.
+# blackmamba_header_units(<result> <directory> <extension> [ALONE <header>...] [BY_FOLDER <header>...])
 function(blackmamba_header_units result directory extension)
   cmake_parse_arguments(PARSE_ARGV 3 headers "" "" "ALONE;BY_FOLDER")
   set(all "")
@@ -91,7 +91,8 @@ endif()
 
 if(blackmamba_with_cuda)
   # nvcc: the C++ headers as CUDA, and the CUDA headers.
-  blackmamba_header_units(header_units ${blackmamba_header_dir}/cuda cu ALONE ${blackmamba_cuh} BY_FOLDER ${blackmamba_hpp})
+  blackmamba_header_units(header_units ${blackmamba_header_dir}/cuda cu
+    ALONE ${blackmamba_cuh} BY_FOLDER ${blackmamba_hpp})
   add_executable(headers_cuda ${header_units})
   target_link_libraries(headers_cuda PRIVATE blackmamba::cuda)
   target_compile_options(headers_cuda PRIVATE ${blackmamba_cuda_warnings}
