@@ -86,6 +86,28 @@ struct checked_backend {
 template <class Op, class P>
 using backend_of = typename detail::checked_backend<Op, P>::type;
 
+namespace detail {
+template <class P, class Space = typename P::memory_space>
+struct home_of {
+  using type = P;
+};
+template <class P>
+struct home_of<P, space::host> {
+  using type = device::cpu;
+};
+#if BLACKMAMBA_CUDA
+template <class P>
+struct home_of<P, space::device> {
+  using type = device::cuda;
+};
+#endif
+}  // namespace detail
+
+/// The library's own policy of P's memory space; P itself in a space of its own. Argument aggregates are those of home<P>, so
+/// that a policy that wraps another one hands its arguments on as they are.
+template <device_policy P>
+using home = typename detail::home_of<P>::type;
+
 /// Whether a result replaces what the output holds or is added to it.
 enum class update { overwrite, accumulate };
 

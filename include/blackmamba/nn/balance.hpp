@@ -26,7 +26,7 @@ struct no_balance {
   template <device_policy P, storage A>
   static void before(context<P> const&, in<P, A, dyn, dyn>, out<P, A, dyn>, int, out<P, sinkhorn::report, dyn>) {}
   template <device_policy P, storage A>
-  static void after(context<P> const&, expert_dispatch::routing<P> const&, out<P, A, dyn>, int) {}
+  static void after(context<P> const&, expert_dispatch::routing<home<P>> const&, out<P, A, dyn>, int) {}
 };
 
 /// Sinkhorn balancing in training, starting from the previous step's solution (BlackMamba, arXiv 2402.01771, section 3).
@@ -46,7 +46,7 @@ struct balance_rule<load_bias> : no_balance {
   static constexpr bool at_inference = true;
   static constexpr double rate = 1e-3;
   template <device_policy P, storage A>
-  static void after(context<P> const& c, expert_dispatch::routing<P> const& routing, out<P, A, dyn> offset, int) {
+  static void after(context<P> const& c, expert_dispatch::routing<home<P>> const& routing, out<P, A, dyn> offset, int) {
     load_bias::forward(c.policy, routing.offsets, offset, rate);
   }
 };

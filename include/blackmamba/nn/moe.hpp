@@ -166,7 +166,7 @@ struct moe : stateless {
 
  private:
   template <device_policy P, class Saved>
-  static expert_dispatch::routing<P> routing(Saved const& keep) {
+  static expert_dispatch::routing<home<P>> routing(Saved const& keep) {
     return {.offsets = keep.offsets, .source = keep.source, .row = keep.row};
   }
 };

@@ -66,7 +66,7 @@ struct self_attention {
     keep.y = c.template allocate<T>(x.extent(0), d_q);
     if (c.training) keep.lse = c.template allocate<accum_t<T>>(c.batch, heads, c.length);
     linear::forward<P, T>(c.policy, {.x = x, .weight = p.qkv_proj, .bias = p.qkv_proj_bias}, keep.qkv);
-    typename attention::cache<P, T> cache;
+    typename attention::cache<home<P>, T> cache;
     if (carried) cache = {.key = carried->key, .value = carried->value, .length = carried->length};
     attention::forward<P, T>(c.policy,
                              {.q = heads_of(c, keep.qkv, 0, heads),

@@ -46,7 +46,7 @@ struct adamw {
   /// @param groups host memory; their ends ascend, the last is n
   /// @throws value_error where an option is outside its domain
   template <device_policy P, storage T>
-  static void step(P const& policy, tensors<P, T> const& on, in<P, accum_t<T>, dyn> norm, std::span<group const> groups,
+  static void step(P const& policy, tensors<home<P>, T> const& on, in<P, accum_t<T>, dyn> norm, std::span<group const> groups,
                    options const& how) {
     auto const n = on.parameter.extent(0);
     check_shape("adamw", "gradient", on.gradient, {n});

@@ -53,8 +53,8 @@ struct attention {
   /// on other devices a precondition).
   /// Scratch: scratch_bytes<T>(B, L, dh, rotary, cached).
   template <device_policy P, storage T>
-  static void forward(P const& policy, inputs<P, T> const& in, out<P, T, dyn, dyn, dyn, dyn> y,
-                      results<P, T> const& keep = {}) {
+  static void forward(P const& policy, inputs<home<P>, T> const& in, out<P, T, dyn, dyn, dyn, dyn> y,
+                      results<home<P>, T> const& keep = {}) {
     auto const batch = y.extent(0), length = y.extent(1), heads = y.extent(2), head_dim = y.extent(3);
     bool const cached = keep.cache.key.present() || keep.cache.value.present() || keep.cache.length.present();
     check_inputs("attention", in, batch, length, heads, head_dim);
@@ -89,7 +89,7 @@ struct attention {
   /// where d_k and d_v also sum over the query heads that share a key/value head. The scores are computed again.
   /// Scratch: backward_scratch_bytes<T>(B, L, Hq, dh, rotary).
   template <device_policy P, storage T>
-  static void backward(P const& policy, gradient_inputs<P, T> const& in, gradients<P, T> const& grad) {
+  static void backward(P const& policy, gradient_inputs<home<P>, T> const& in, gradients<home<P>, T> const& grad) {
     auto const batch = grad.d_q.extent(0), length = grad.d_q.extent(1), heads = grad.d_q.extent(2),
                head_dim = grad.d_q.extent(3);
     check_inputs("attention.backward", in, batch, length, heads, head_dim);
@@ -116,7 +116,7 @@ struct attention {
   /// One token for each sequence: forward with L = 1, reading the cache once. y (B, Hq, dh).
   /// Scratch: step_scratch_bytes<T>(B, Hq, dh, capacity).
   template <device_policy P, storage T>
-  static void step(P const& policy, step_inputs<P, T> const& in, attention::cache<P, T> const& state,
+  static void step(P const& policy, step_inputs<home<P>, T> const& in, attention::cache<home<P>, T> const& state,
                    out<P, T, dyn, dyn, dyn> y) {
     auto const batch = y.extent(0), heads = y.extent(1), head_dim = y.extent(2), kv_heads = in.k.extent(1);
     check_heads("attention.step", heads, kv_heads, head_dim, in.rotary_base);
@@ -128,7 +128,7 @@ struct attention {
     auto const capacity = state.key.extent(1);
     scratch<P> memory(policy, step_scratch_bytes<T>(batch, heads, head_dim, capacity));
     auto const angles = memory.template allocate<accum_t<T>>(batch, head_dim);
-    auto const partial = memory.template allocate<accum_t<T>>(batch, heads, step_chunks(capacity), head_dim + 2);
+    auto const partial = memory.template allocate<accum_t<T>>(batch, step_chunks(capacity), heads, head_dim + 2);
     backend_of<attention, P>::step(policy, in, state, y, angles, partial);
   }
 
@@ -136,8 +136,8 @@ struct attention {
   static constexpr std::int64_t max_head_dim = 256;
   /// Positions whose angles are built from one another.
   static constexpr std::int64_t rotary_block = 64;
-  /// A step divides the keys of one head into chunks of this many, so that one long sequence occupies several cores.
-  static constexpr std::int64_t step_chunk = 512;
+  /// A step divides the keys of a sequence into chunks of this many, so that one long sequence occupies all cores.
+  static constexpr std::int64_t step_chunk = 128;
   static constexpr std::int64_t step_chunks(std::int64_t keys) { return (keys + step_chunk - 1) / step_chunk; }
 
   /// Cosines (first half of a row) and sines (second half) of the rotary angles, scratch.

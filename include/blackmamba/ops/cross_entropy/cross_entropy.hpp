@@ -30,7 +30,7 @@ struct cross_entropy {
   /// scratch_bytes(R) of scratch.
   /// @throws value_error (cpu) naming position, value and classes where a target is at least V; nothing is then written
   template <device_policy P, storage T>
-  static void forward(P const& policy, inputs<P, T> const& in, results<P, T> const& out) {
+  static void forward(P const& policy, inputs<home<P>, T> const& in, results<home<P>, T> const& out) {
     auto const rows = in.logits.extent(0);
     check_shape("cross_entropy", "target", in.target, {rows});
     check_shape("cross_entropy", "loss", out.loss, {1});
@@ -51,7 +51,7 @@ struct cross_entropy {
   /// d_logits[r,j] = scale (exp(logits[r,j] - lse[r]) - [j = target[r]]); 0 for ignored rows.
   /// d_logits (R, V) may alias logits. No scratch.
   template <device_policy P, storage T>
-  static void backward(P const& policy, std::type_identity_t<gradient_inputs<P, T>> const& in,
+  static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T>> const& in,
                        out<P, T, dyn, dyn> d_logits) {
     auto const rows = d_logits.extent(0), classes = d_logits.extent(1);
     check_shape("cross_entropy.backward", "logits", in.logits, {rows, classes});

@@ -27,7 +27,7 @@ struct expert_dispatch {
   /// On the cpu an expert that is neither -1 nor in [0, E) is a value_error.
   /// scratch_bytes(M*k, E) of scratch.
   template <device_policy P>
-  static void plan(P const& policy, in<P, std::int32_t, dyn, dyn> expert, std::type_identity_t<routing<P>> const& to,
+  static void plan(P const& policy, in<P, std::int32_t, dyn, dyn> expert, std::type_identity_t<routing<home<P>>> const& to,
                    std::int64_t capacity = 0) {
     auto const slots = expert.size(), experts = to.offsets.extent(0) - 1;
     check_that(experts >= 0, "expert_dispatch.plan", "offsets", "(0)", "(E+1)");
@@ -43,7 +43,7 @@ struct expert_dispatch {
 
   /// rows[r,:] = x[source[r] / k, :]   for r < offsets[E].    x (M, H), rows (M*k, H); no aliasing.
   template <device_policy P, storage T>
-  static void permute(P const& policy, std::type_identity_t<routing<P>> const& plan, in<P, T, dyn, dyn> x,
+  static void permute(P const& policy, std::type_identity_t<routing<home<P>>> const& plan, in<P, T, dyn, dyn> x,
                       out<P, T, dyn, dyn> rows) {
     check_plan("expert_dispatch.permute", plan, x.extent(0));
     check_shape("expert_dispatch.permute", "rows", rows, {plan.row.extent(0), x.extent(1)});
@@ -53,7 +53,7 @@ struct expert_dispatch {
   /// y[t,:] = sum over a of gate[t,a] rows[row[t k + a], :]   over the slots that have a row; 0 where none has.
   /// rows (M*k, H), gate (M, k), y (M, H); no aliasing.
   template <device_policy P, storage T>
-  static void combine(P const& policy, std::type_identity_t<routing<P>> const& plan, in<P, T, dyn, dyn> rows,
+  static void combine(P const& policy, std::type_identity_t<routing<home<P>>> const& plan, in<P, T, dyn, dyn> rows,
                       in<P, accum_t<T>, dyn, dyn> gate, out<P, T, dyn, dyn> y) {
     check_plan("expert_dispatch.combine", plan, y.extent(0));
     check_shape("expert_dispatch.combine", "rows", rows, {plan.row.extent(0), y.extent(1)});
@@ -63,7 +63,7 @@ struct expert_dispatch {
 
   /// d_x[t,:] = sum over a of d_rows[row[t k + a], :].    d_rows (M*k, H), d_x (M, H) overwritten; no aliasing.
   template <device_policy P, storage T>
-  static void permute_backward(P const& policy, std::type_identity_t<routing<P>> const& plan,
+  static void permute_backward(P const& policy, std::type_identity_t<routing<home<P>>> const& plan,
                                in<P, T, dyn, dyn> d_rows, out<P, T, dyn, dyn> d_x) {
     check_plan("expert_dispatch.permute_backward", plan, d_x.extent(0));
     check_shape("expert_dispatch.permute_backward", "d_rows", d_rows, {plan.row.extent(0), d_x.extent(1)});
@@ -84,9 +84,9 @@ struct expert_dispatch {
   /// d_rows[r,:] = gate[t,a] d_y[t,:],  d_gate[t,a] = rows[r,:] . d_y[t,:]   for r = row[t k + a].
   /// T is deduced where the gradients are an object, and float where they stand in braces.
   template <device_policy P, storage T = float>
-  static void combine_backward(P const& policy, std::type_identity_t<routing<P>> const& plan,
-                               std::type_identity_t<combine_gradient_inputs<P, T>> const& in,
-                               combine_gradients<P, T> const& d) {
+  static void combine_backward(P const& policy, std::type_identity_t<routing<home<P>>> const& plan,
+                               std::type_identity_t<combine_gradient_inputs<home<P>, T>> const& in,
+                               combine_gradients<home<P>, T> const& d) {
     auto const tokens = in.d_y.extent(0), width = in.d_y.extent(1);
     check_plan("expert_dispatch.combine_backward", plan, tokens);
     auto const slots = plan.row.extent(0), k = slots_per_token(plan, tokens);

@@ -91,7 +91,7 @@ struct gated_activation {
   /// d_gate = d_y up act'(gate), d_up = d_y act(gate); act(gate) is computed again, nothing is saved between the two.
   /// d_gate and d_up may alias gate, up or d_y.
   template <class Activation, device_policy P, storage T>
-  static void backward(P const& policy, gradient_inputs<P, T> const& in, gradients<P, T> const& out) {
+  static void backward(P const& policy, gradient_inputs<home<P>, T> const& in, gradients<home<P>, T> const& out) {
     check_activation<Activation>();
     auto const rows = out.d_gate.extent(0), width = out.d_gate.extent(1);
     check_shape("gated_activation.backward", "gate", in.gate, {rows, width});

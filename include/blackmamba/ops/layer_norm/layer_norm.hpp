@@ -32,7 +32,7 @@ struct layer_norm {
   };
   /// y (R, D) may alias x.
   template <device_policy P, storage T>
-  static void forward(P const& policy, inputs<P, T> const& in, out<P, T, dyn, dyn> y, saved<P, T> const& keep = {}) {
+  static void forward(P const& policy, inputs<home<P>, T> const& in, out<P, T, dyn, dyn> y, saved<home<P>, T> const& keep = {}) {
     auto const rows = y.extent(0), width = y.extent(1);
     check_shape("layer_norm", "x", in.x, {rows, width});
     check_shape("layer_norm", "weight", in.weight, {width});
@@ -62,7 +62,7 @@ struct layer_norm {
   ///
   /// scratch_bytes<T>(R, D) of scratch.
   template <device_policy P, storage T, storage S>
-  static void backward(P const& policy, std::type_identity_t<gradient_inputs<P, T, S>> const& in,
+  static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, S>> const& in,
                        out<P, S, dyn, dyn> d_s, std::type_identity_t<out<P, accum_t<T>, dyn>> d_weight,
                        std::type_identity_t<out<P, accum_t<T>, dyn>> d_bias = {}) {
     auto const rows = d_s.extent(0), width = d_s.extent(1);

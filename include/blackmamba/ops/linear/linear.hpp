@@ -27,7 +27,7 @@ struct linear {
   };
   /// y (R, O) must not overlap the inputs.
   template <device_policy P, storage Y, storage T = Y>
-  static void forward(P const& policy, std::type_identity_t<inputs<P, T>> const& in, out<P, Y, dyn, dyn> y) {
+  static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T>> const& in, out<P, Y, dyn, dyn> y) {
     check_result_type<Y, T>();
     auto const rows = y.extent(0), outputs = y.extent(1);
     check_shape("linear", "x", in.x, {rows, -1});
@@ -55,8 +55,8 @@ struct linear {
   /// d_bias += sum over rows of d_y
   /// scratch_bytes<T>(R, I, O) of scratch where d_weight is wanted.
   template <device_policy P, storage T, storage Y = T>
-  static void backward(P const& policy, std::type_identity_t<gradient_inputs<P, T, Y>> const& in,
-                       std::type_identity_t<gradients<P, T>> const& d) {
+  static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, Y>> const& in,
+                       std::type_identity_t<gradients<home<P>, T>> const& d) {
     check_result_type<Y, T>();
     auto const rows = in.d_y.extent(0), outputs = in.d_y.extent(1), width = in.weight.extent(1);
     check_shape("linear.backward", "weight", in.weight, {outputs, -1});

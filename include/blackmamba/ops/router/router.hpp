@@ -50,7 +50,7 @@ struct router {
   /// {.logits = logits, .offset = offset}, {.expert = expert, .gate = gate}).
   /// scratch_bytes(M) of scratch where rows are counted.
   template <device_policy P, storage T = float>
-  static void forward(P const& policy, std::type_identity_t<inputs<P, T>> const& in, selection<P, T> const& chosen,
+  static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T>> const& in, selection<home<P>, T> const& chosen,
                       options const& options = {}) {
     auto const rows = in.logits.extent(0), experts = in.logits.extent(1), k = chosen.expert.extent(1);
     check_shape("router", "expert", chosen.expert, {rows, -1});
@@ -77,7 +77,7 @@ struct router {
   ///   softmax_selected   the same among the selected, else 0
   /// d_logits must not alias logits. T is deduced from d_logits.
   template <device_policy P, storage A>
-  static void backward(P const& policy, std::type_identity_t<gradient_inputs<P, A>> const& in,
+  static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, A>> const& in,
                        out<P, A, dyn, dyn> d_logits, gate_function gate = gate_function::sigmoid) {
     static_assert(std::is_same_v<A, accum_t<A>>,
                   "blackmamba: router.backward: d_logits is float or double; keep router logits in accum_t<T>");

@@ -73,7 +73,7 @@ struct sinkhorn {
     check_option(how.fixed_passes >= 0, "fixed_passes", how.fixed_passes);
     if (experts == 0) return;
     scratch<P> memory(policy, scratch_bytes<A>(rows, experts));
-    work<P, A> space{memory.template allocate<A>(padded_rows(rows) * experts),
+    work<home<P>, A> space{memory.template allocate<A>(padded_rows(rows) * experts),
                      memory.template allocate<double>(chunks(rows), column_sums(experts)),
                      memory.template allocate<double>(chunks(rows), pair_sums(experts)),
                      memory.template allocate<double>(state_size(experts))};
