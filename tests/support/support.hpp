@@ -119,6 +119,12 @@ inline void check_close(values const& actual, values const& expected, double tol
                                          << ", expected " << (expected.empty() ? 0 : expected[at]) << ", relative error "
                                          << worst << " above " << tolerance);
 }
+/// As check_close, for results that are differences of numbers as large as `scale` and carry the rounding of those.
+inline void check_close_at_scale(values actual, values expected, double scale, double tolerance, std::string const& what) {
+  actual.push_back(scale);
+  expected.push_back(scale);
+  check_close(actual, expected, tolerance, what);
+}
 inline void check_equal(values const& actual, values const& expected, std::string const& what = "") {
   REQUIRE_MESSAGE(actual.size() == expected.size(), what);
   for (std::size_t i = 0; i < actual.size(); ++i)

@@ -1,0 +1,163 @@
+#include "support/support.hpp"
+
+#include <blackmamba/ops/embedding/embedding.hpp>
+
+using namespace blackmamba;
+
+namespace {
+
+test::values random_tokens(std::int64_t n, std::int64_t vocabulary, std::uint64_t seed = 1) {
+  test::values v;
+  for (std::int64_t i = 0; i < n; ++i)
+    v.push_back(static_cast<double>(test::random_integer(seed, static_cast<std::uint64_t>(i), 0, vocabulary - 1)));
+  return v;
+}
+std::size_t row_of(double token) { return static_cast<std::size_t>(token); }
+
+template <class T>
+test::values run(test::values const& token, test::values const& table, std::int64_t vocabulary, std::int64_t width,
+                 test_policy policy = make_policy()) {
+  auto const rows = static_cast<std::int64_t>(token.size());
+  auto const t = test::upload<std::int32_t>(token, rows);
+  auto const weights = test::upload<T>(table, vocabulary, width);
+  auto y = test::poisoned<T>(rows, width);
+  embedding::forward(policy, t, weights, y.as_view());
+  return test::download(y);
+}
+template <class T>
+test::values run_backward(test::values const& token, test::values const& d_y, test::values const& d_table,
+                          std::int64_t vocabulary, std::int64_t width, test_policy policy = make_policy()) {
+  auto const rows = static_cast<std::int64_t>(token.size());
+  auto const t = test::upload<std::int32_t>(token, rows);
+  auto const dy = test::upload<T>(d_y, rows, width);
+  auto const d = test::upload<accum_t<T>>(d_table, vocabulary, width);
+  embedding::backward<test_policy, T>(policy, t, dy, d);
+  return test::download(d);
+}
+/// The definition, in A, position by position: what backward must give to the last bit.
+template <class A>
+test::values reference_backward(test::values const& token, test::values const& d_y, test::values d_table, std::int64_t width) {
+  auto const w = static_cast<std::size_t>(width);
+  for (std::size_t r = 0; r < token.size(); ++r)
+    for (std::size_t i = 0; i < w; ++i) {
+      auto& d = d_table[row_of(token[r]) * w + i];
+      d = static_cast<double>(static_cast<A>(d) + static_cast<A>(d_y[r * w + i]));
+    }
+  return d_table;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("embedding: rows of the table, and sums into it in order of position", T, STORAGE_TYPES) {
+  using A = accum_t<T>;
+  for (std::int64_t rows : {0, 1, 7, 300})
+    for (std::int64_t width : {0, 1, 16, 65, 130})
+      for (std::int64_t vocabulary : {1, 3, 1000}) {
+        auto const token = random_tokens(rows, vocabulary);
+        auto const table = test::rounded<T>(test::random_normal(vocabulary * width, 2));
+        auto const y = run<T>(token, table, vocabulary, width);
+        test::values expected;
+        for (double t : token)
+          for (std::size_t i = 0; i < static_cast<std::size_t>(width); ++i)
+            expected.push_back(table[row_of(t) * static_cast<std::size_t>(width) + i]);
+        test::check_equal(y, expected, "y");
+
+        auto const d_y = test::rounded<T>(test::random_normal(rows * width, 3));
+        auto const before = test::rounded<A>(test::random_normal(vocabulary * width, 4));
+        test::check_equal(run_backward<T>(token, d_y, before, vocabulary, width),
+                          reference_backward<A>(token, d_y, before, width), "d_table");
+      }
+}
+TEST_CASE("embedding: many positions of one token, in chunks that begin and end with it") {
+  std::int64_t const width = 70;
+  for (std::int64_t rows : {255, 256, 257, 1000}) {
+    auto token = test::values(static_cast<std::size_t>(rows), 2.0);
+    token.front() = 0;
+    token.back() = 4;
+    auto const d_y = test::rounded<float>(test::random_normal(rows * width, 1));
+    auto const before = test::values(static_cast<std::size_t>(5 * width), 0.5);
+    test::check_equal(run_backward<float>(token, d_y, before, 5, width),
+                      reference_backward<float>(token, d_y, before, width), "d_table");
+  }
+}
+TEST_CASE("embedding: rows of the table that do not occur are not touched") {
+  std::int64_t const vocabulary = 50304, width = 8;
+  test::values const token{50303, 17, 50303};
+  auto const d_y = test::random_normal(3 * width, 1);
+  auto const t = test::upload<std::int32_t>(token, 3);
+  auto const dy = test::upload<double>(d_y, 3, width);
+  auto const d = test::poisoned<double>(vocabulary, width);  // NaN everywhere
+  memory::zero(make_policy(), d.slice(17, 1));
+  memory::zero(make_policy(), d.slice(50303, 1));
+  embedding::backward<test_policy, double>(make_policy(), t, dy, d);
+  auto const after = test::download(d);
+  std::int64_t numbers = 0;
+  for (double v : after) numbers += !std::isnan(v);
+  CHECK(numbers == 2 * width);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(width); ++i) {
+    CHECK(after[17 * static_cast<std::size_t>(width) + i] == d_y[static_cast<std::size_t>(width) + i]);
+    CHECK(after[50303 * static_cast<std::size_t>(width) + i] == d_y[i] + d_y[2 * static_cast<std::size_t>(width) + i]);
+  }
+}
+TEST_CASE("embedding: the gradient equals central differences") {
+  test::values const token{2, 0, 2, 1};
+  auto const table = test::random_normal(3 * 5, 1), d_y = test::random_normal(4 * 5, 2);
+  auto const gradient = run_backward<double>(token, d_y, test::values(15, 0.0), 3, 5);
+  test::check_gradient([&](test::values const& v) { return test::weighted_sum(run<double>(token, v, 3, 5), d_y); }, table,
+                       gradient, "d_table");
+}
+TEST_CASE("embedding: the same bits for any number of threads") {
+  std::int64_t const rows = 3000, vocabulary = 40, width = 200;
+  auto const token = random_tokens(rows, vocabulary);
+  auto const d_y = test::random_normal(rows * width, 1), none = test::values(static_cast<std::size_t>(vocabulary * width), 0.0);
+  auto const one = run_backward<float>(token, d_y, none, vocabulary, width);
+  if constexpr (requires(test_policy t) { t.threads; })
+    for (int threads : {1, 2, 5}) {
+      test_policy policy = make_policy();
+      policy.threads = threads;
+      test::check_equal(run_backward<float>(token, d_y, none, vocabulary, width, policy), one, "d_table");
+      test::check_equal(run<float>(token, none, vocabulary, width, policy), run<float>(token, none, vocabulary, width), "y");
+    }
+}
+TEST_CASE("embedding: takes and gives strided rows") {
+  auto const table = test::upload<float>(test::random_normal(6 * 20, 1), 6, 20);
+  auto const token = test::upload<std::int32_t>({5, 0, 5}, 3);
+  auto const y = zeros<float>(make_policy(), 3, 10);
+  embedding::forward(make_policy(), token, table.columns(3, 4), y.columns(6, 4));
+  auto const from = test::download(table), to = test::download(y);
+  for (std::size_t r : {0u, 1u, 2u})
+    for (std::size_t i = 0; i < 10; ++i)
+      CHECK(to[r * 10 + i] == (i < 6 ? 0.0 : from[(r == 1 ? 0u : 5u) * 20 + 3 + i - 6]));
+  embedding::backward<test_policy, float>(make_policy(), token, y.columns(6, 4), table.columns(3, 4));
+  auto const after = test::download(table);
+  for (std::size_t v = 0; v < 6; ++v)
+    for (std::size_t i = 0; i < 20; ++i)
+      CHECK(after[v * 20 + i] ==
+            static_cast<double>(static_cast<float>(from[v * 20 + i] * (i < 3 || i > 6 ? 1 : v == 0 ? 2 : v == 5 ? 3 : 1))));
+}
+TEST_CASE("embedding: scratch is exact") {
+  using dry = device::dry<test_policy>;
+  auto measure = arena<test::test_space>::measuring();
+  auto const token = zeros<std::int32_t>(make_policy(), 9);
+  auto const d_y = zeros<float>(make_policy(), 9, 3), table = zeros<float>(make_policy(), 100, 3);
+  embedding::backward<dry, float>(dry{&measure}, token, d_y, table);
+  CHECK(measure.peak() == embedding::scratch_bytes(9, 100));
+}
+TEST_CASE("embedding: shapes and tokens that do not fit are named") {
+  auto const token = test::upload<std::int32_t>({3, 1, -2, 9}, 4);
+  auto const table = zeros<float>(make_policy(), 9, 3);
+  auto y = test::upload<float>(test::values(12, 7.0), 4, 3);
+  CHECK(test::message_of<shape_error>([&] { embedding::forward(make_policy(), token, table, y.slice(0, 3)); }) ==
+        "embedding: token: got (4), expected (3)");
+  CHECK(test::message_of<shape_error>([&] { embedding::forward(make_policy(), token, table.columns(0, 2), y.as_view()); }) ==
+        "embedding: table: got (9, 2), expected (-1, 3)");
+  if constexpr (std::is_same_v<test::test_space, space::host>) {  // elsewhere the token is not looked at by the host
+    CHECK(test::message_of<value_error>([&] { embedding::forward(make_policy(), token, table, y.as_view()); }) ==
+          "embedding: token: position 2 holds -2, but the vocabulary has 9 entries");
+    test::check_equal(test::download(y), test::values(12, 7.0), "y after the error");
+    CHECK(test::message_of<value_error>([&] {
+            embedding::backward<test_policy, float>(make_policy(), token.slice(3, 1), y.slice(0, 1), table);
+          }) == "embedding.backward: token: position 0 holds 9, but the vocabulary has 9 entries");
+    test::check_equal(test::download(table), test::values(27, 0.0), "d_table after the error");
+  }
+}

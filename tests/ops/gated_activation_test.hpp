@@ -1,0 +1,181 @@
+#include "support/support.hpp"
+
+#include <blackmamba/ops/gated_activation/gated_activation.hpp>
+
+using namespace blackmamba;
+
+namespace {
+
+/// A user's own activation: the squared rectifier (So et al., arXiv 2109.08668).
+struct squared_relu {
+  template <class X>
+  static X apply(X x) {
+    X const positive = max(x, X(0));
+    return positive * positive;
+  }
+  template <class X>
+  static X derivative(X x) {
+    return X(2) * max(x, X(0));
+  }
+  static float max(float a, float b) { return a > b ? a : b; }
+  static double max(double a, double b) { return a > b ? a : b; }
+  template <class X>
+    requires(!std::is_arithmetic_v<X>)
+  static X max(X a, X b) {
+    return select(a > b, a, b);
+  }
+};
+
+/// The definitions, in double.
+double value(activation::silu, double x) { return x / (1 + std::exp(-x)); }
+double value(activation::gelu, double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
+double value(activation::identity, double x) { return x; }
+double value(squared_relu, double x) { return x > 0 ? x * x : 0.0; }
+
+template <class Activation>
+test::values reference(test::values const& gate, test::values const& up) {
+  test::values y(gate.size());
+  for (std::size_t i = 0; i < y.size(); ++i) y[i] = value(Activation{}, gate[i]) * (up.empty() ? 1.0 : up[i]);
+  return y;
+}
+
+template <class Activation, class T>
+test::values run(test::values const& gate, test::values const& up, std::int64_t rows, std::int64_t width,
+                 test_policy policy = make_policy()) {
+  auto const g = test::upload<T>(gate, rows, width);
+  auto y = test::poisoned<T>(rows, width);
+  if (up.empty()) {
+    gated_activation::forward<Activation>(policy, g, {}, y.as_view());
+  } else {
+    auto const u = test::upload<T>(up, rows, width);
+    gated_activation::forward<Activation>(policy, g, u, y.as_view());
+  }
+  return test::download(y);
+}
+
+struct gradients {
+  test::values d_gate, d_up;
+};
+template <class Activation, class T>
+gradients run_backward(test::values const& gate, test::values const& up, test::values const& d_y, std::int64_t rows,
+                       std::int64_t width, test_policy policy = make_policy()) {
+  auto const g = test::upload<T>(gate, rows, width), dy = test::upload<T>(d_y, rows, width);
+  auto d_gate = test::poisoned<T>(rows, width), d_up = test::poisoned<T>(rows, width);
+  if (up.empty()) {
+    gated_activation::backward<Activation, test_policy, T>(policy, {.gate = g, .up = {}, .d_y = dy}, {.d_gate = d_gate});
+    return {test::download(d_gate), {}};
+  }
+  auto const u = test::upload<T>(up, rows, width);
+  gated_activation::backward<Activation, test_policy, T>(policy, {.gate = g, .up = u, .d_y = dy},
+                                                         {.d_gate = d_gate, .d_up = d_up});
+  return {test::download(d_gate), test::download(d_up)};
+}
+
+template <class Activation, class T>
+void check_definition() {
+  for (std::int64_t rows : {0, 1, 5, 70})
+    for (std::int64_t width : {0, 1, 15, 16, 17, 384, 5000}) {
+      if (rows * width > 30000) continue;
+      auto const gate = test::rounded<T>(test::random_normal(rows * width, 1, 3.0));
+      auto const up = test::rounded<T>(test::random_normal(rows * width, 2));
+      for (bool gated : {true, false}) {
+        auto const u = gated ? up : test::values{};
+        test::check_close_at_scale(run<Activation, T>(gate, u, rows, width), reference<Activation>(gate, u), 1.0,
+                                   2 * test::tolerance<T>(), "y");
+      }
+    }
+}
+template <class Activation>
+void check_gradients() {
+  std::int64_t const rows = 3, width = 21;
+  auto const gate = test::random_normal(rows * width, 1, 2.0);
+  auto const up = test::random_normal(rows * width, 2);
+  auto const d_y = test::random_normal(rows * width, 3);
+  auto const loss_of_gate = [&](test::values const& v) { return test::weighted_sum(reference<Activation>(v, up), d_y); };
+  auto const loss_of_up = [&](test::values const& v) { return test::weighted_sum(reference<Activation>(gate, v), d_y); };
+  auto const g = run_backward<Activation, double>(gate, up, d_y, rows, width);
+  test::check_gradient(loss_of_gate, gate, g.d_gate, "d_gate");
+  test::check_gradient(loss_of_up, up, g.d_up, "d_up");
+  auto const plain = run_backward<Activation, double>(gate, {}, d_y, rows, width);
+  test::check_gradient([&](test::values const& v) { return test::weighted_sum(reference<Activation>(v, {}), d_y); }, gate,
+                       plain.d_gate, "d_gate without up");
+
+  auto const single = run_backward<Activation, float>(gate, up, d_y, rows, width);
+  test::check_close(single.d_gate, g.d_gate, 4 * test::tolerance<float>(), "d_gate in float");
+  test::check_close(single.d_up, g.d_up, 4 * test::tolerance<float>(), "d_up in float");
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("gated_activation: equals its definition at every size and type", T, STORAGE_TYPES) {
+  check_definition<activation::silu, T>();
+  check_definition<activation::gelu, T>();
+  check_definition<activation::identity, T>();
+}
+TEST_CASE("gated_activation: an activation of the user's own") {
+  static_assert(activation_function<squared_relu> && !activation_function<int>);
+  check_definition<squared_relu, float>();
+}
+TEST_CASE("gated_activation: gradients equal central differences") {
+  check_gradients<activation::silu>();
+  check_gradients<activation::gelu>();
+  check_gradients<activation::identity>();
+}
+TEST_CASE("gated_activation: gelu keeps its relative accuracy where it almost vanishes") {
+  test::values gate;
+  for (double x = -12.5; x < 0; x += 0.125) gate.push_back(x);
+  auto const n = static_cast<std::int64_t>(gate.size());
+  auto const y = run<activation::gelu, float>(gate, {}, 1, n), expected = reference<activation::gelu>(gate, {});
+  test::check_close(y, expected, 8 * test::unit_roundoff<float>() * 2, "y", 0.0);
+}
+TEST_CASE_TEMPLATE("gated_activation: halves of one projection, in place, in both directions", T, float, bfloat16) {
+  std::int64_t const rows = 7, width = 37;
+  auto const gate = test::rounded<T>(test::random_normal(rows * width, 1));
+  auto const up = test::rounded<T>(test::random_normal(rows * width, 2));
+  auto const d_y = test::rounded<T>(test::random_normal(rows * width, 3));
+  auto const side_by_side = [&](test::values const& left, test::values const& right) {
+    test::values both;
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (auto const* half_of : {&left, &right})
+        both.insert(both.end(), half_of->begin() + i * width, half_of->begin() + (i + 1) * width);
+    return both;
+  };
+  auto const projection = test::upload<T>(side_by_side(gate, up), rows, 2 * width);
+  auto const left = projection.columns(0, width), right = projection.columns(width, width);
+  auto const dy = test::upload<T>(d_y, rows, width);
+  gated_activation::backward<activation::silu, test_policy, T>(make_policy(), {.gate = left, .up = right, .d_y = dy},
+                                                               {.d_gate = left, .d_up = right});
+  auto const g = run_backward<activation::silu, T>(gate, up, d_y, rows, width);
+  test::check_equal(test::download(projection), side_by_side(g.d_gate, g.d_up), "gradients");
+
+  auto const again = test::upload<T>(side_by_side(gate, up), rows, 2 * width);
+  gated_activation::forward<activation::silu>(make_policy(), again.columns(0, width), again.columns(width, width),
+                                              again.columns(0, width));
+  test::check_equal(test::download(again), side_by_side(run<activation::silu, T>(gate, up, rows, width), up), "y");
+}
+TEST_CASE("gated_activation: the same bits for any number of threads") {
+  std::int64_t const rows = 100, width = 333;
+  auto const gate = test::random_normal(rows * width, 1);
+  auto const one = run<activation::gelu, float>(gate, gate, rows, width);
+  auto const back = run_backward<activation::gelu, float>(gate, gate, gate, rows, width);
+  if constexpr (requires(test_policy t) { t.threads; })
+    for (int threads : {1, 2, 5}) {
+      test_policy policy = make_policy();
+      policy.threads = threads;
+      test::check_equal(run<activation::gelu, float>(gate, gate, rows, width, policy), one, "y");
+      auto const again = run_backward<activation::gelu, float>(gate, gate, gate, rows, width, policy);
+      test::check_equal(again.d_gate, back.d_gate, "d_gate");
+      test::check_equal(again.d_up, back.d_up, "d_up");
+    }
+}
+TEST_CASE("gated_activation: shapes that disagree are named") {
+  auto const x = zeros<float>(make_policy(), 3, 4), y = zeros<float>(make_policy(), 3, 5);
+  CHECK(test::message_of<shape_error>([&] { gated_activation::forward<activation::silu>(make_policy(), y, x, x.as_view()); }) ==
+        "gated_activation: gate: got (3, 5), expected (3, 4)");
+  CHECK(test::message_of<shape_error>([&] { gated_activation::forward<activation::silu>(make_policy(), x, y, x.as_view()); }) ==
+        "gated_activation: up: got (3, 5), expected (3, 4)");
+  CHECK(test::message_of<shape_error>([&] {
+          gated_activation::backward<activation::silu, test_policy, float>(make_policy(), {.gate = x, .up = x, .d_y = x},
+                                                                           {.d_gate = x});
+        }) == "gated_activation.backward: d_up: got no view, expected a view, as up");
+}
