@@ -4,10 +4,6 @@
 
 #include <limits>
 
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
-
 /// Elementary functions of packs, found by argument-dependent lookup where core/math.hpp's scalar functions are not.
 ///
 /// In float they are polynomials over a reduced range; each states its largest error in units in the last place (ulp) of
@@ -91,21 +87,30 @@ BLACKMAMBA_INLINE pack<float, N> scaled_normal_tail(pack<float, N> t) {
                         6.132183131e-3f, -4.621331394e-2f, 1.232250184e-1f, -2.064026147e-1f, 1.215139478e-1f);
 }
 
-#if defined(__x86_64__) || defined(__i386__)
-// clang-format off
-#if defined(__AVX512F__)  // with all-ones masks, because g++ 12 warns of an undefined value inside the unmasked ones
-BLACKMAMBA_INLINE __m512  register_sqrt(__m512 x)  { return _mm512_maskz_sqrt_ps(0xffff, x); }
-BLACKMAMBA_INLINE __m512d register_sqrt(__m512d x) { return _mm512_maskz_sqrt_pd(0xff, x); }
-#endif
+#if defined(__SSE2__)
+/// The square root of one register. The instruction by name: the builtins for it differ between compilers, and their
+/// header costs every includer.
+template <class V>
+BLACKMAMBA_INLINE V register_sqrt(V x) {
+  V y;
+  constexpr bool is_double = sizeof(x[0]) == 8;
 #if defined(__AVX__)
-BLACKMAMBA_INLINE __m256  register_sqrt(__m256 x)  { return _mm256_sqrt_ps(x); }
-BLACKMAMBA_INLINE __m256d register_sqrt(__m256d x) { return _mm256_sqrt_pd(x); }
+  if constexpr (is_double)
+    asm("vsqrtpd %1, %0" : "=x"(y) : "x"(x));
+  else
+    asm("vsqrtps %1, %0" : "=x"(y) : "x"(x));
+#else
+  if constexpr (is_double)
+    asm("sqrtpd %1, %0" : "=x"(y) : "x"(x));
+  else
+    asm("sqrtps %1, %0" : "=x"(y) : "x"(x));
 #endif
-BLACKMAMBA_INLINE __m128  register_sqrt(__m128 x)  { return _mm_sqrt_ps(x); }
-BLACKMAMBA_INLINE __m128d register_sqrt(__m128d x) { return _mm_sqrt_pd(x); }
-// clang-format on
+  return y;
+}
 inline constexpr bool has_register_sqrt = true;
 #else
+template <class V>
+V register_sqrt(V x);
 inline constexpr bool has_register_sqrt = false;
 #endif
 }  // namespace detail

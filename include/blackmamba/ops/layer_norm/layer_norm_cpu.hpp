@@ -1,6 +1,6 @@
 #pragma once
+#include <blackmamba/core/cpu/column_sums.hpp>
 #include <blackmamba/core/cpu/parallel_for.hpp>
-#include <blackmamba/core/cpu/reduce.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
 #include <blackmamba/ops/layer_norm/layer_norm.hpp>
 
@@ -83,8 +83,10 @@ struct backend<layer_norm, device::cpu> {
         }
       }
     });
-    cpu::add_rows(policy.threads, partial.columns(0, width), d_weight);
-    if (d_bias.present()) cpu::add_rows(policy.threads, partial.columns(width, width), d_bias);
+    std::int64_t const blocks = partial.extent(0);
+    cpu::add_column_sums(policy.threads, blocks, width, partial.data(), 2 * width, d_weight.data());
+    if (d_bias.present())
+      cpu::add_column_sums(policy.threads, blocks, width, partial.data() + width, 2 * width, d_bias.data());
   }
 };
 
