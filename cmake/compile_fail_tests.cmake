@@ -21,7 +21,8 @@ foreach(case IN LISTS cases)
 endforeach()
 if(blackmamba_with_cuda)
   foreach(case IN LISTS cuda_cases)
-    blackmamba_compile_fail_test(${case} ${CMAKE_CUDA_COMPILER} ${blackmamba_plain_flags} -arch=sm_90a -ptx -o /dev/null)
+    blackmamba_compile_fail_test(${case} ${CMAKE_CUDA_COMPILER} ${blackmamba_plain_flags}
+      -arch=sm_90a -ptx -o /dev/null)
   endforeach()
 endif()
 

@@ -1,7 +1,7 @@
 # What tests, examples and benchmarks are compiled with. None of it reaches a consumer of the library.
 
-# C++20 itself comes with blackmamba::blackmamba. (CMAKE_CXX_STANDARD would be taken for CUDA's standard too, and stop CMake
-# releases that do not know CUDA's 20.)
+# C++20 itself comes with blackmamba::blackmamba. (CMAKE_CXX_STANDARD would be taken for CUDA's standard too, and stop
+# CMake releases that do not know CUDA's 20.)
 set(CMAKE_CXX_EXTENSIONS OFF)
 # There are no modules to look for; where CMake would, it wants a program that clang's package need not bring.
 set(CMAKE_CXX_SCAN_FOR_MODULES OFF)

@@ -17,7 +17,8 @@ if(NOT BLACKMAMBA_CUDA MATCHES "^(AUTO|ON|OFF)$")
 endif()
 if(NOT BLACKMAMBA_SANITIZE MATCHES "^(|address,undefined|thread)$")
   message(FATAL_ERROR
-    "blackmamba: BLACKMAMBA_SANITIZE is \"${BLACKMAMBA_SANITIZE}\"; expected nothing, \"address,undefined\" or \"thread\"")
+    "blackmamba: BLACKMAMBA_SANITIZE is \"${BLACKMAMBA_SANITIZE}\"; expected nothing, \"address,undefined\" or "
+    "\"thread\"")
 endif()
 
 include(GNUInstallDirs)

@@ -1,8 +1,8 @@
 # Test programs.
 #
-# A test body tests/<layer>/<name>_test.hpp speaks of test_policy alone; for each backend the build writes the translation
-# unit that says which policy that is, and makes a program of it: <layer>.<name>.cpu, and where CUDA is enabled and the
-# subject has CUDA files <layer>.<name>.cuda (label gpu). A tests/**/<name>_test.cpp is a program by itself.
+# A test body tests/<layer>/<name>_test.hpp speaks of test_policy alone; for each backend the build writes the
+# translation unit that says which policy that is, and makes a program of it: <layer>.<name>.cpu, and where CUDA is
+# enabled and the subject has CUDA files <layer>.<name>.cuda (label gpu). A tests/**/<name>_test.cpp is a program by itself.
 # Files are found by pattern: a new one needs no line here.
 
 # The programs that run work on several threads; ThreadSanitizer runs these.
@@ -40,7 +40,9 @@ function(blackmamba_add_test name source)
   set(run_dir ${CMAKE_CURRENT_BINARY_DIR}/run/${name})
   file(MAKE_DIRECTORY ${run_dir})
   set(full_name ${blackmamba_test_prefix}${name})
-  add_test(NAME ${full_name} COMMAND ${blackmamba_sanitizer_launcher} $<TARGET_FILE:${target}> WORKING_DIRECTORY ${run_dir})
+  add_test(NAME ${full_name}
+    COMMAND ${blackmamba_sanitizer_launcher} $<TARGET_FILE:${target}>
+    WORKING_DIRECTORY ${run_dir})
   set_tests_properties(${full_name} PROPERTIES
     LABELS "${labels}"
     SKIP_RETURN_CODE 77

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing (Debian, Ubuntu), builds the quickstart and runs it: trains a small BlackMamba on the King James
-# Bible, or on what --text names, and generates from it. Works from any folder. Arguments go to the quickstart, as in:
+# Installs what is missing (Debian, Ubuntu), builds the quickstart and runs it: trains a small BlackMamba on the King
+# James Bible, or on what --text names, and generates from it. Works from any folder. Arguments go to the quickstart:
 #
 #   examples/run.sh --text novels.txt:3 --text letters.txt
 #

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing (Debian, Ubuntu), builds everything and runs every test. Works from any folder; what is built is
-# kept in build/, so that a second run is quick. Arguments go to ctest, as in: tests/run.sh -R ops
+# Installs what is missing (Debian, Ubuntu), builds everything and runs every test. Works from any folder; what is built
+# is kept in build/, so that a second run is quick. Arguments go to ctest, as in: tests/run.sh -R ops
 #
 #   build/tests     g++, Release, for this machine: tests, examples, benchmarks; CUDA too where a toolkit is found
 #   build/sanitize  clang++, AddressSanitizer and UndefinedBehaviorSanitizer: every test program

@@ -6,8 +6,8 @@ usage: expect_error.py FILE -- COMPILER FLAGS...
 FILE holds one or more lines `// expected-error: <text>`. The test passes where the compiler fails and its output holds
 every text (runs of white space count as one blank, quotation marks of any kind as one kind).
 
-A file that mentions CORRECTED (`#ifdef CORRECTED` ... `#else` ... `#endif`) holds the right spelling too: it is compiled
-again with -DCORRECTED, and must then be accepted. So the error is known to come from the line that it is meant to.
+A file that mentions CORRECTED (`#ifdef CORRECTED` ... `#else` ... `#endif`) holds the right spelling too: it is
+compiled again with -DCORRECTED, and must then be accepted. So the error is known to come from where it is meant to.
 """
 import os
 import re

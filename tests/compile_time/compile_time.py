@@ -28,7 +28,8 @@ class Compiler:
         self.command, self.extension, self.directory = command, extension, directory
 
     def seconds(self, text, enough=0.0):
-        """(best processor time, files read), of up to three compilations; one is enough where it is below `enough`."""
+        """(best processor time, files read), of up to three compilations; one is enough where it is below `enough`.
+        Infinite where the text does not compile."""
         source = os.path.join(self.directory, "unit" + self.extension)
         depfile = os.path.join(self.directory, "unit.d")
         Path(source).write_text(text, encoding="utf-8")
@@ -39,7 +40,8 @@ class Compiler:
                                   stderr=subprocess.STDOUT, check=False)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             if done.returncode != 0:
-                sys.exit(f"{text}{done.stdout.decode('utf-8', 'replace')}\ndoes not compile")
+                print(done.stdout.decode("utf-8", "replace"))
+                return float("inf"), ""
             best = min(best, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
             if best <= enough:
                 break
@@ -76,6 +78,8 @@ def main():
             compilers["nvcc"] = Compiler([arguments.nvcc, *flags, "-arch=sm_90a", "-c", "-o", output], ".cu", directory)
 
         reference, _ = compilers["cxx"].seconds(REFERENCE)
+        if reference == float("inf"):
+            sys.exit("the reference unit does not compile")
         scale = max(1.0, reference / table["reference_seconds"])
         print(f"reference unit: {reference:.2f} s; budgets are multiplied by {scale:.2f}, and fail above "
               f"{table['tolerance']:g} times that")
@@ -90,10 +94,12 @@ def main():
                 if "seconds_with_eigen" in budget and "/Eigen/" in read:
                     allowed = budget["seconds_with_eigen"]
                 allowed *= scale
-                verdict = "ok" if seconds <= allowed else "over" if seconds <= allowed * table["tolerance"] else "FAILED"
+                limit = allowed * table["tolerance"]
+                verdict = "ok" if seconds <= allowed else "over" if seconds <= limit else "FAILED"
                 failed += verdict == "FAILED"
                 print(f"{seconds:8.2f} {allowed:8.2f} {verdict:<7} {header} ({budget['compiler']})")
-                rows.append({"header": header, "compiler": budget["compiler"], "seconds": round(seconds, 3),
+                rows.append({"header": header, "compiler": budget["compiler"],
+                             "seconds": round(seconds, 3) if seconds < float("inf") else None,
                              "budget_seconds": round(allowed, 3), "verdict": verdict})
 
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +108,8 @@ def main():
     if not rows:
         sys.exit("no header was measured")
     if failed:
-        sys.exit(f"{failed} of {len(rows)} headers cost more than {table['tolerance']:g} times their budget")
+        sys.exit(f"{failed} of {len(rows)} headers do not compile, or cost more than {table['tolerance']:g} times their "
+                 "budget")
 
 
 if __name__ == "__main__":

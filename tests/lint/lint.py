@@ -82,7 +82,8 @@ class Tree:
 @rule
 def hardware_below(tree):
     """Above ops/ there is no device: no .cuh, no conditional compilation, no stream, no kernel."""
-    pattern = r"\.cuh|^\s*#\s*(if|ifdef|ifndef|elif|else)\b|\bcuda[A-Z]\w*|__(global|device|host|shared)__|<<<|\bBLACKMAMBA_CUDA\b"
+    pattern = (r"\.cuh|^\s*#\s*(if|ifdef|ifndef|elif|else)\b|\bcuda[A-Z]\w*|__(global|device|host|shared)__|<<<"
+               r"|\bBLACKMAMBA_CUDA\b")
     for file in tree.headers:
         if file.layer in ("nn", "model", "train", "generate"):
             for number, match in file.find(pattern):

@@ -3,8 +3,8 @@
 
 usage: operator_table.py [--write] README PROGRAM...
 
-Each PROGRAM (operators_cpu, operators_cuda; built from operator_table.cpp.in) prints a line "<operator> <policy> yes|no"
-for each operator, from implemented_on<Op, Policy>. The table stands between <!-- operators:begin --> and
+Each PROGRAM (operators_cpu, operators_cuda; built from operator_table.cpp.in) prints for each operator a line
+"<operator> <policy> yes|no", from implemented_on<Op, Policy>. The table stands between <!-- operators:begin --> and
 <!-- operators:end -->. Without --write it is compared, for the policies that this build knows: a machine without CUDA
 leaves the column of cuda as it is.
 """
@@ -29,7 +29,8 @@ def parse(table):
 
 def render(cells):
     operators = sorted({operator for operator, _ in cells})
-    lines = ["| operator | " + " | ".join(f"`device::{p}`" for p in POLICIES) + " |", "|---" * (len(POLICIES) + 1) + "|"]
+    lines = ["| operator | " + " | ".join(f"`device::{p}`" for p in POLICIES) + " |",
+             "|---" * (len(POLICIES) + 1) + "|"]
     for operator in operators:
         lines.append(f"| `{operator}` | " + " | ".join(cells.get((operator, p), "no") for p in POLICIES) + " |")
     return "\n".join(lines) + "\n"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 
 def tested_block(text):
-    match = re.search(r"^<!-- tested -->[ \t]*\n(?:[ \t]*\n)*```cpp\n(.*?)^```[ \t]*$", text, flags=re.MULTILINE | re.DOTALL)
+    block = r"^<!-- tested -->[ \t]*\n(?:[ \t]*\n)*```cpp\n(.*?)^```[ \t]*$"
+    match = re.search(block, text, flags=re.MULTILINE | re.DOTALL)
     return match.group(1) if match else None
 
 
