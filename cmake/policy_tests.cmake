@@ -2,7 +2,8 @@
 #
 # A test body tests/<layer>/<name>_test.hpp speaks of test_policy alone; for each backend the build writes the
 # translation unit that says which policy that is, and makes a program of it: <layer>.<name>.cpu, and where CUDA is
-# enabled and the subject has CUDA files <layer>.<name>.cuda (label gpu). A tests/**/<name>_test.cpp is a program by itself.
+# enabled and the subject has CUDA files <layer>.<name>.cuda (label gpu). A tests/**/<name>_test.cpp is a program by
+# itself.
 # Files are found by pattern: a new one needs no line here.
 
 # The programs that run work on several threads; ThreadSanitizer runs these.

@@ -108,8 +108,8 @@ def main():
     if not rows:
         sys.exit("no header was measured")
     if failed:
-        sys.exit(f"{failed} of {len(rows)} headers do not compile, or cost more than {table['tolerance']:g} times their "
-                 "budget")
+        sys.exit(f"{failed} of {len(rows)} headers do not compile, or cost more than {table['tolerance']:g} times "
+                 "their budget")
 
 
 if __name__ == "__main__":
