@@ -73,7 +73,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE T silu(T x) {
 /// d silu / dx = s (1 + x (1 - s)), s = sigmoid(x)
 template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T silu_derivative(T x) {
-  T const s = sigmoid(x);
+  auto const s = sigmoid(x);
   return s * (T(1) + x * (T(1) - s));
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
+#include <blackmamba/core/cpu/transpose.hpp>
 #include <blackmamba/ops/router/router.hpp>
 #include <blackmamba/ops/router/router_math.hpp>
 
@@ -25,7 +26,7 @@ struct backend<router, device::cpu> {
           alignas(64) A transposed[widest * V::lanes];
           for (std::int64_t r = begin; r < end; r += V::lanes) {
             int const lanes = static_cast<int>(std::min<std::int64_t>(V::lanes, end - r));
-            transpose(in.logits, r, lanes, transposed);
+            simd::rows_to_lanes<V>(in.logits.row(r), in.logits.stride(0), lanes, experts, A(0), transposed);
             refused += route<V>(in, chosen, options, r, lanes,
                                 [&](std::int64_t j) { return V::load(transposed + j * V::lanes); });
           }
@@ -122,16 +123,6 @@ struct backend<router, device::cpu> {
     std::int32_t nowhere = 0;
     for (int i = 0; i < lanes; ++i) nowhere += lane(refused, i) == A(0) ? 0 : 1;
     return nowhere;
-  }
-
-  template <class A>
-  static void transpose(host_view<A const, dyn, dyn> x, std::int64_t r, int lanes, A* to) {
-    constexpr int wide = simd::pack<A>::lanes;
-    std::int64_t const experts = x.extent(1);
-    for (int i = 0; i < wide; ++i) {
-      A const* const row = x.row(r + std::min(i, lanes - 1));  // lanes without a row repeat the last
-      for (std::int64_t j = 0; j < experts; ++j) to[j * wide + i] = row[j];
-    }
   }
 
   template <class A>

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// nvcc: with simd packs, these templates are host functions alone, as is meant; locals are auto because nvcc accepts no
+// named vector type in a function that is also for the device.
+#if BLACKMAMBA_CUDA
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 20011, 20013, 20014, 20015
+#endif
+
 /// The selection and its gates, for one row (T is float or double, on any device) or for a row in each lane (T is a simd
 /// pack, on the host). `logit(j)` and `offset(j)` give the row's logit and the offset of expert j as T.
 namespace blackmamba::math {
@@ -25,12 +32,14 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> no_choice() {
 template <class T, class Logit, class Offset>
 BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> next_choice(choice<T> previous, std::int64_t experts, T beta, Logit&& logit,
                                                       Offset&& offset) {
-  choice<T> best{T(-1), T(-INFINITY), T(0)};
+  auto best = previous;
+  best.expert = T(-1);
+  best.score = T(-INFINITY);
   for (std::int64_t j = 0; j < experts; ++j) {
-    T const x = logit(j);
-    T const raw = beta * x + offset(j);
-    T const score = select(raw == raw, raw, T(-INFINITY));
-    T const number = T(static_cast<float>(j));
+    auto const x = logit(j);
+    auto const raw = beta * x + offset(j);
+    auto const score = select(raw == raw, raw, T(-INFINITY));
+    auto const number = T(static_cast<float>(j));
     auto const follows = (score < previous.score) | ((score == previous.score) & (number > previous.expert));
     auto const better = follows & ((score > best.score) | (best.expert < T(0)));
     best.expert = select(better, number, best.expert);
@@ -43,7 +52,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> next_choice(choice<T> previous, std::i
 /// Zero where every logit of the row is finite, else not a number.
 template <class T, class Logit>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T finite_test(std::int64_t experts, Logit&& logit) {
-  T test = T(0);
+  auto test = T(0);
   for (std::int64_t j = 0; j < experts; ++j) test = test + logit(j) * T(0);
   return test;
 }
@@ -55,9 +64,9 @@ struct softmax_sums {
 };
 template <class T, class Logit>
 BLACKMAMBA_HD BLACKMAMBA_INLINE softmax_sums<T> softmax_over(std::int64_t n, Logit&& logit) {
-  T largest = logit(0);
+  auto largest = T(logit(0));
   for (std::int64_t j = 1; j < n; ++j) largest = max(largest, logit(j));
-  T sum = T(0);
+  auto sum = T(0);
   for (std::int64_t j = 0; j < n; ++j) sum = sum + exp(logit(j) - largest);
   return {largest, sum};
 }
@@ -68,3 +77,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE double load_direction(std::int64_t load, std::in
 }
 
 }  // namespace blackmamba::math
+
+#if BLACKMAMBA_CUDA
+#pragma nv_diagnostic pop
+#endif

@@ -1,11 +1,13 @@
 #pragma once
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
+#include <blackmamba/core/cpu/transpose.hpp>
 #include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
 #include <blackmamba/ops/sinkhorn/sinkhorn_math.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace blackmamba {
 
@@ -19,7 +21,8 @@ class sinkhorn_sweeps {
   static constexpr std::int64_t L = V::lanes;
   static constexpr std::int64_t rows_per_chunk = sinkhorn::rows_per_chunk;
   static constexpr int group = 4;  // blocks whose row sums run side by side
-  static_assert(64 % (L * group) == 0, "padding makes whole groups");
+  static constexpr int tile = 4;   // columns on each side of a tile of pairs
+  static_assert(64 % L == 0, "padding makes whole blocks");
 
  public:
   sinkhorn_sweeps(device::cpu const& policy, host_view<A const, dyn, dyn> logits, double beta,
@@ -65,15 +68,16 @@ class sinkhorn_sweeps {
       add_columns(c, scale, partial);
     });
   }
-  /// s_jk = s_kj = mean_i p_ij p_ik for j != k, with p_ij = K_ij w_j / sum_j K_ij w_j; s (E, E).
-  void pair_sweep(A const* w, double* s) {
+  /// s_jk = s_kj = mean_i p_ij p_ik for j != k, with p_ij = K_ij w_j / sum_j K_ij w_j; s (E, E). The mean is over the rows
+  /// of every `stride`-th block.
+  void pair_sweep(A const* w, double* s, std::int64_t stride) {
     std::int64_t const e = experts();
     cpu::parallel_for(threads_, chunks(), grain(e * e / 2), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         alignas(64) A scale[rows_per_chunk];
         chunk const c = chunk_at(i);
-        row_scales(c, w, A(1), A(math::sinkhorn_no_vote), scale);
-        add_pairs(c, scale, space_.pairs.row(i));
+        row_scales(c, w, A(1), A(math::sinkhorn_no_vote), scale, stride);
+        add_pairs(c, scale, stride, space_.pairs.row(i));
       }
     });
     std::int64_t at = 0;
@@ -81,9 +85,15 @@ class sinkhorn_sweeps {
       for (std::int64_t k = j + 1; k < e; ++k, ++at) {
         double sum = 0;
         for (std::int64_t i = 0; i < chunks(); ++i) sum += space_.pairs(i, at);
-        sum *= static_cast<double>(w[j]) * static_cast<double>(w[k]) / static_cast<double>(voters_);
-        s[j * e + k] = s[k * e + j] = sum;
+        double const mean = sum * static_cast<double>(stride) / static_cast<double>(voters_);
+        s[j * e + k] = s[k * e + j] = mean * static_cast<double>(w[j]) * static_cast<double>(w[k]);
       }
+  }
+  /// The stride at which a pair_sweep costs no more than a sweep, as long as enough rows are left for the Newton step to be
+  /// good: with s from 128 E rows it still divides the error by ten and more.
+  std::int64_t sample_stride() const {
+    std::int64_t const most = rows() / (128 * experts());
+    return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
   }
   /// log c_j, exactly at any spread of the logits: nothing underflows.
   void log_sweep(double const* g, double* log_marginal) {
@@ -159,17 +169,15 @@ class sinkhorn_sweeps {
       for (std::int64_t i = begin; i < end; ++i) {
         std::int64_t const first = i * rows_per_chunk, last = std::min(first + rows_per_chunk, rows());
         std::int64_t refused = 0;
-        for (std::int64_t b = 0; b < chunk_at(i).blocks; ++b) {
-          A* const block = space_.kernel.data() + (first + b * L) * e;
-          std::int64_t const r = first + b * L, lanes = std::clamp<std::int64_t>(last - r, 0, L);
-          for (std::int64_t l = 0; l < lanes; ++l) {
-            A const* const row = logits_.row(r + l);
-            for (std::int64_t j = 0; j < e; ++j) block[j * L + l] = row[j];
-          }
-          for (std::int64_t l = lanes; l < L; ++l)
-            for (std::int64_t j = 0; j < e; ++j) block[j * L + l] = static_cast<A>(NAN);
-          refused += fill_block(block, prepare) - (L - lanes);
+        A* const kernel = space_.kernel.data() + first * e;
+        std::int64_t const blocks = chunk_at(i).blocks;
+        // All rows are brought side by side before any is worked on: loads that overlap fresh narrow stores are slow.
+        for (std::int64_t b = 0; b < blocks; ++b) {
+          std::int64_t const r = std::min(first + b * L, last), n = std::min(last - r, L);
+          simd::rows_to_lanes<V>(logits_.row(r), logits_.stride(0), n, e, static_cast<A>(NAN), kernel + b * e * L);
         }
+        for (std::int64_t b = 0; b < blocks; ++b) refused += fill_block(kernel + b * e * L, prepare);
+        refused -= blocks * L - (last - first);
         space_.sums(i, 0) = static_cast<double>(refused);
       }
     });
@@ -206,15 +214,16 @@ class sinkhorn_sweeps {
     }
   }
 
-  void row_scales(chunk const& c, A const* w, A mass, A epsilon, A* scale) const {
+  /// scale_i = mass / (sum_j K_ij w_j + epsilon), for the rows of every `stride`-th block.
+  void row_scales(chunk const& c, A const* w, A mass, A epsilon, A* scale, std::int64_t stride = 1) const {
     std::int64_t const e = experts();
-    for (std::int64_t b = 0; b < c.blocks; b += group) {
-      A const* const k = c.kernel + b * e * L;
+    for (std::int64_t b = 0; b < c.blocks; b += group * stride) {
+      std::int64_t at[group];
+      for (int q = 0; q < group; ++q) at[q] = std::min(b + q * stride, c.blocks - 1);
       V sum[group] = {};
       for (std::int64_t j = 0; j < e; ++j)
-        for (int q = 0; q < group; ++q) sum[q] = fma(V::load(k + (q * e + j) * L), V(w[j]), sum[q]);
-      for (int q = 0; q < group; ++q)
-        math::sinkhorn_scale(sum[q], V(mass), V(epsilon)).store(scale + (b + q) * L);
+        for (int q = 0; q < group; ++q) sum[q] = fma(V::load(c.kernel + (at[q] * e + j) * L), V(w[j]), sum[q]);
+      for (int q = 0; q < group; ++q) math::sinkhorn_scale(sum[q], V(mass), V(epsilon)).store(scale + at[q] * L);
     }
   }
   void add_columns(chunk const& c, A const* scale, double* partial) const {
@@ -236,34 +245,34 @@ class sinkhorn_sweeps {
     }
     for (int q = 0; q < Columns; ++q) partial[first + q] = static_cast<double>(simd::sum(sum[q]));
   }
-  /// partial = sum_i (K_ij d_i) (K_ik d_i) for j < k, row after row of the upper triangle.
-  void add_pairs(chunk const& c, A const* scale, double* partial) const {
-    constexpr int tile = 4;
+  /// partial = sum_i (K_ij d_i) (K_ik d_i) for j < k, row after row of the upper triangle, over every `stride`-th block.
+  void add_pairs(chunk const& c, A const* scale, std::int64_t stride, double* partial) const {
     std::int64_t const e = experts();
     for (std::int64_t j = 0; j < e; j += tile)
-      for (std::int64_t k = j; k < e; k += tile) {
-        // Columns past the last repeat it; their sums are not kept.
-        std::int64_t left[tile], right[tile];
-        for (int q = 0; q < tile; ++q) {
-          left[q] = std::min(j + q, e - 1) * L;
-          right[q] = std::min(k + q, e - 1) * L;
-        }
-        V sum[tile][tile] = {};
-        for (std::int64_t b = 0; b < c.blocks; ++b) {
-          A const* const block = c.kernel + b * e * L;
-          V const d = V::load(scale + b * L);
-          V x[tile];
-          for (int q = 0; q < tile; ++q) x[q] = V::load(block + left[q]) * d * d;  // not d d first: it may overflow
-          for (int p = 0; p < tile; ++p) {
-            V const y = V::load(block + right[p]);
-            for (int q = 0; q < tile; ++q) sum[q][p] = fma(x[q], y, sum[q][p]);
-          }
-        }
-        for (int q = 0; q < tile; ++q)
-          for (int p = 0; p < tile; ++p)
-            if (j + q < k + p && k + p < e)
-              partial[(j + q) * (2 * e - (j + q) - 1) / 2 + (k + p) - (j + q) - 1] =
-                  static_cast<double>(simd::sum(sum[q][p]));
+      for (std::int64_t k = j; k < e; k += tile)
+        add_pairs(c, scale, stride, j, k, partial, std::make_index_sequence<tile>{},
+                  std::make_index_sequence<tile * tile>{});
+  }
+  /// The tile from (first, second) on; the index sequences keep its sums in registers. Columns past the last repeat it, and
+  /// their sums are not kept.
+  template <std::size_t... C, std::size_t... S>
+  void add_pairs(chunk const& c, A const* scale, std::int64_t stride, std::int64_t first, std::int64_t second,
+                 double* partial, std::index_sequence<C...>, std::index_sequence<S...>) const {
+    std::int64_t const e = experts();
+    std::int64_t const left[] = {std::min<std::int64_t>(first + static_cast<std::int64_t>(C), e - 1) * L...};
+    std::int64_t const right[] = {std::min<std::int64_t>(second + static_cast<std::int64_t>(C), e - 1) * L...};
+    V sum[tile * tile] = {};
+    for (std::int64_t b = 0; b < c.blocks; b += stride) {
+      A const* const block = c.kernel + b * e * L;
+      V const d = V::load(scale + b * L);
+      V const x[] = {V::load(block + left[C]) * d * d...};  // not d d first: that may overflow
+      V const y[] = {V::load(block + right[C])...};
+      ((sum[S] = fma(x[S / tile], y[S % tile], sum[S])), ...);
+    }
+    for (std::int64_t q = 0; q < tile; ++q)
+      for (std::int64_t p = 0; p < tile; ++p) {
+        std::int64_t const j = first + q, k = second + p;
+        if (j < k && k < e) partial[j * (2 * e - j - 1) / 2 + k - j - 1] = static_cast<double>(simd::sum(sum[q * tile + p]));
       }
   }
 
@@ -326,9 +335,12 @@ struct backend<sinkhorn, device::cpu> {
                                      how.newton && e <= sinkhorn::newton_experts ? 0.5 : 0.0};
     double const tolerance = progress.tolerance;
     double error = 0;
+    std::int64_t stride = sweeps.sample_stride();
     while (sweeps.voters() > 0) {
       error = measure(sweeps, s, e);
       if (tolerance > 0) progress.tolerance = std::max(tolerance, rounding<A>(s.g, e));
+      // A step that gains little may owe that to its sample of the rows.
+      if (progress.trial && !(error < progress.saved_error / 4)) stride = 1;
       auto next = progress.next(error);
       if (next == action::stop) break;
       if (next == action::stop_at_saved || next == action::fixed_point_from_saved) {
@@ -344,12 +356,13 @@ struct backend<sinkhorn, device::cpu> {
       if (next == action::newton) {
         std::copy_n(s.g, e, s.saved_g);
         std::copy_n(s.marginal, e, s.saved_marginal);
-        sweeps.pair_sweep(s.w, s.s);
+        sweeps.pair_sweep(s.w, s.s, stride);
         for (std::int64_t j = 0; j < e; ++j) s.step[j] = 1 / static_cast<double>(e) - s.marginal[j];
         if (math::sinkhorn_newton_step(e, s.s, s.step)) {
           for (std::int64_t j = 0; j < e; ++j) s.g[j] += s.step[j];
         } else {
           progress.give_up_newton();
+          stride = 1;
           next = action::fixed_point;
         }
       }

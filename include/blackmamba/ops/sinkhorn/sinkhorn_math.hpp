@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+// nvcc: with simd packs, these templates are host functions alone, as is meant.
+#if BLACKMAMBA_CUDA
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 20011, 20014
+#endif
+
 /// The Sinkhorn update, for one row or column (T is float or double, on any device) or one in each lane (T is a pack).
 namespace blackmamba::math {
 
@@ -109,3 +115,7 @@ struct sinkhorn_progress {
 };
 
 }  // namespace blackmamba::math
+
+#if BLACKMAMBA_CUDA
+#pragma nv_diagnostic pop
+#endif
