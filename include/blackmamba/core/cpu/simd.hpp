@@ -44,6 +44,37 @@ BLACKMAMBA_INLINE To vector_bits(From from) {
   return to;
 }
 
+/// N integers from as many 16-bit patterns, and back. For a whole register the instructions are named: g++ 12 moves
+/// halves of registers about to do the same.
+template <int N>
+BLACKMAMBA_INLINE int_vector<N> load_16_bits(void const* p) {
+  using u16 = typename vector_of<std::uint16_t, N>::type;
+  u16 u;
+  std::memcpy(&u, p, sizeof(u));
+#if defined(__AVX2__) && !defined(__clang__)
+  if constexpr (N * 4 == register_bytes) {
+    int_vector<N> wide;
+    asm("vpmovzxwd %1, %0" : "=x"(wide) : "xm"(u));
+    return wide;
+  }
+#endif
+  return __builtin_convertvector(u, int_vector<N>);
+}
+template <int N>
+BLACKMAMBA_INLINE void store_16_bits(int_vector<N> x, void* p) {
+  using u16 = typename vector_of<std::uint16_t, N>::type;
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (N == 16) {
+    u16 narrow;
+    asm("vpmovdw %1, %0" : "=x"(narrow) : "x"(x));
+    std::memcpy(p, &narrow, sizeof(narrow));
+    return;
+  }
+#endif
+  auto const u = __builtin_convertvector(x, u16);
+  std::memcpy(p, &u, sizeof(u));
+}
+
 // The 16-bit types, a pack at a time: the same arithmetic on bits as in numeric.hpp, with selections for its branches.
 template <int N>
 BLACKMAMBA_INLINE float_vector<N> widen_bits(int_vector<N> u, bfloat16) {
@@ -112,9 +143,7 @@ struct pack {
     if constexpr (std::is_same_v<S, T>) {
       std::memcpy(&r.v, p, sizeof(r.v));
     } else if constexpr (!std::is_arithmetic_v<S> && std::is_same_v<T, float>) {
-      typename detail::vector_of<std::uint16_t, N>::type u;
-      std::memcpy(&u, p, sizeof(u));
-      r.v = detail::widen_bits<N>(__builtin_convertvector(u, detail::int_vector<N>), S{});
+      r.v = detail::widen_bits<N>(detail::load_16_bits<N>(p), S{});
     } else if constexpr (std::is_arithmetic_v<S>) {
       typename detail::vector_of<S, N>::type s;
       std::memcpy(&s, p, sizeof(s));
@@ -137,9 +166,7 @@ struct pack {
     if constexpr (std::is_same_v<S, T>) {
       std::memcpy(p, &v, sizeof(v));
     } else if constexpr (!std::is_arithmetic_v<S> && std::is_same_v<T, float>) {
-      auto const u = __builtin_convertvector(detail::narrow_bits<N>(v, S{}),
-                                             typename detail::vector_of<std::uint16_t, N>::type);
-      std::memcpy(p, &u, sizeof(u));
+      detail::store_16_bits<N>(detail::narrow_bits<N>(v, S{}), p);
     } else if constexpr (std::is_arithmetic_v<S>) {
       auto const s = __builtin_convertvector(v, typename detail::vector_of<S, N>::type);
       std::memcpy(p, &s, sizeof(s));

@@ -8,7 +8,8 @@
 ///
 /// In float they are polynomials over a reduced range; each states its largest error in units in the last place (ulp) of
 /// the true result, which tests/core/simd_test.hpp holds. NaN gives NaN. Results below the normal numbers are flushed to
-/// zero where said. In double they are the standard library's, lane by lane: double serves references and gradient
+/// zero where said. Functions named in_range are right there alone; elsewhere they give any number, which their callers
+/// select away. In double they are the standard library's, lane by lane: double serves references and gradient
 /// checks.
 namespace blackmamba::simd {
 
@@ -69,16 +70,15 @@ template <int N>
 BLACKMAMBA_INLINE pack<float, N> exp_in_range(pack<float, N> x) {
   return exp_reduction<N>(x).value();
 }
-/// With a = min(|x|, 13.2): e^(-a^2 / 2), 0 beyond. The square is split in an exact head and a small rest, for its
-/// rounding would be 87 times as large in the result.
+/// e^(-x^2 / 2) for |x| <= 13.2. The square is split in an exact head and a small rest, for its rounding would be 87 times
+/// as large in the result.
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> exp_minus_half_square(pack<float, N> x) {
   using V = pack<float, N>;
-  V const a = min(V(13.2f), abs(x));
-  V const head = as_float<N>(as_int(a) & ~0xfff);
+  V const head = as_float<N>(as_int(x) & ~0xfff);
   exp_reduction<N> reduced(head * head * -0.5f);
-  reduced.remainder += (head - a) * (head + a) * 0.5f;
-  return select(abs(x) > V(13.2f), V(0.0f), reduced.value());
+  reduced.remainder += (head - x) * (head + x) * 0.5f;
+  return reduced.value();
 }
 /// e^(x^2 / 2) Phi(-x) for x in [0, 13.2], given t = (x - 3) / (x + 3): relative error 7e-9 and rounding.
 template <int N>
@@ -134,16 +134,14 @@ BLACKMAMBA_INLINE pack<T, N> sqrt(pack<T, N> x) {
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> exp2(pack<float, N> x) {
   using V = pack<float, N>;
-  V const y = detail::exp2_in_range(min(max(x, V(-126.0f)), V(127.99999f)));
-  V const finite = select(x < V(-126.0f), V(0.0f), y);
+  V const finite = select(x < V(-126.0f), V(0.0f), detail::exp2_in_range(x));
   return select(x == x, select(x >= V(128.0f), V(INFINITY), finite), x);
 }
 /// e^x; zero below -87.3, infinity where float has no larger number. 2 ulp.
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> exp(pack<float, N> x) {
   using V = pack<float, N>;
-  V const y = detail::exp_in_range(min(max(x, V(-87.3f)), V(88.72283f)));
-  V const finite = select(x < V(-87.3f), V(0.0f), y);
+  V const finite = select(x < V(-87.3f), V(0.0f), detail::exp_in_range(x));
   return select(x == x, select(x > V(88.72283f), V(INFINITY), finite), x);
 }
 /// Natural logarithm; -infinity of zero, NaN of negative numbers. 1 ulp.
@@ -199,14 +197,17 @@ BLACKMAMBA_INLINE pack<float, N> erf(pack<float, N> x) {
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> normal_cdf(pack<float, N> x) {
   using V = pack<float, N>;
-  V const a = min(V(13.2f), abs(x));
-  V const tail = detail::exp_minus_half_square(x) * detail::scaled_normal_tail((a - V(3.0f)) / (a + V(3.0f)));
+  V const a = abs(x);
+  V const y = detail::exp_minus_half_square(a) * detail::scaled_normal_tail((a - V(3.0f)) / (a + V(3.0f)));
+  V const tail = select(a > V(13.2f), V(0.0f), y);
   return select(x == x, select(x < V(0.0f), tail, V(1.0f) - tail), x);
 }
 /// Normal density e^(-x^2 / 2) / sqrt(2 pi); zero beyond 13.2. 3 ulp.
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> normal_pdf(pack<float, N> x) {
-  return select(x == x, detail::exp_minus_half_square(x) * 0.398942280f, x);
+  using V = pack<float, N>;
+  V const a = abs(x), y = detail::exp_minus_half_square(a) * 0.398942280f;
+  return select(x == x, select(a > V(13.2f), V(0.0f), y), x);
 }
 
 // clang-format off

@@ -73,10 +73,12 @@ struct backend<cross_entropy, device::cpu> {
   template <class T>
   static accum_t<T> max_of(T const* row, std::int64_t n) {
     using V = simd::pack<accum_t<T>>;
-    V largest = -std::numeric_limits<accum_t<T>>::infinity();
+    V largest[4];  // four at a time: comparisons wait for each other
+    for (auto& m : largest) m = -std::numeric_limits<accum_t<T>>::infinity();
     std::int64_t i = 0;
-    for (; i + V::lanes <= n; i += V::lanes) largest = max(V::load(row + i), largest);
-    accum_t<T> m = simd::max_lane(largest);
+    for (; i + 4 * V::lanes <= n; i += 4 * V::lanes)
+      for (int j = 0; j < 4; ++j) largest[j] = max(V::load(row + i + j * V::lanes), largest[j]);
+    accum_t<T> m = simd::max_lane(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
     for (; i < n; ++i) m = std::max(m, widen(row[i]));
     return m;
   }
