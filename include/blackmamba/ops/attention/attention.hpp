@@ -87,7 +87,7 @@ struct attention {
   /// With dp_ij = d_y[i] . v[j] and ds_ij = p_ij (dp_ij - d_y[i] . y[i]) / sqrt(dh):
   ///   d_v[j] = sum_i p_ij d_y[i],  d_q[i] = R_i^T sum_j ds_ij R_j k[j],  d_k[j] = R_j^T sum_i ds_ij R_i q[i]
   /// where d_k and d_v also sum over the query heads that share a key/value head. The scores are computed again.
-  /// Scratch: backward_scratch_bytes<T>(B, L, Hq, dh, rotary).
+  /// Scratch: backward_scratch_bytes<T>(B, L, Hq, dh, S, rotary).
   template <device_policy P, storage T>
   static void backward(P const& policy, gradient_inputs<home<P>, T> const& in, gradients<home<P>, T> const& grad) {
     auto const batch = grad.d_q.extent(0), length = grad.d_q.extent(1), heads = grad.d_q.extent(2),
@@ -100,10 +100,12 @@ struct attention {
     check_shape("attention.backward", "d_k", grad.d_k, {batch, length, kv_heads, head_dim});
     check_shape("attention.backward", "d_v", grad.d_v, {batch, length, kv_heads, head_dim});
     if (grad.d_q.size() == 0) return;
-    scratch<P> memory(policy, backward_scratch_bytes<T>(batch, length, heads, head_dim, in.rotary_base != 0));
+    auto const count = sequences(batch, in.cu_seqlens);
+    scratch<P> memory(policy, backward_scratch_bytes<T>(batch, length, heads, head_dim, count, in.rotary_base != 0));
     auto const tables = allocate_rotary<T>(memory, in.rotary_base != 0 ? length : 0, head_dim);
     auto const delta = memory.template allocate<accum_t<T>>(batch, heads, length);
-    backend_of<attention, P>::backward(policy, in, grad, tables, delta);
+    auto const d_q = memory.template allocate<accum_t<T>>(heads, gradient_rows(batch, length, count), gradient_columns(head_dim));
+    backend_of<attention, P>::backward(policy, in, grad, tables, delta, d_q);
   }
 
   template <device_policy P, storage T>
@@ -140,6 +142,15 @@ struct attention {
   static constexpr std::int64_t step_chunk = 128;
   static constexpr std::int64_t step_chunks(std::int64_t keys) { return (keys + step_chunk - 1) / step_chunk; }
 
+  /// d_q is summed in accum_t<T>, in rows that are padded to whole vectors; each sequence's rows end in padding.
+  static constexpr std::int64_t gradient_row_padding = 8, gradient_column_padding = 16;
+  static constexpr std::int64_t gradient_rows(std::int64_t batch, std::int64_t length, std::int64_t sequences) {
+    return batch * length + sequences * gradient_row_padding;
+  }
+  static constexpr std::int64_t gradient_columns(std::int64_t head_dim) {
+    return (head_dim + gradient_column_padding - 1) / gradient_column_padding * gradient_column_padding;
+  }
+
   /// Cosines (first half of a row) and sines (second half) of the rotary angles, scratch.
   template <device_policy P, storage T>
   struct rotary_tables {
@@ -154,9 +165,11 @@ struct attention {
   }
   template <storage T>
   static constexpr std::size_t backward_scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t heads,
-                                                      std::int64_t head_dim, bool rotary) {
+                                                      std::int64_t head_dim, std::int64_t sequences, bool rotary) {
     return (rotary ? rotary_bytes<T>(length, head_dim) : 0) +
-           scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(batch * heads * length));
+           scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(batch * heads * length),
+                       sizeof(accum_t<T>) * static_cast<std::size_t>(heads * gradient_rows(batch, length, sequences) *
+                                                                     gradient_columns(head_dim)));
   }
   template <storage T>
   static constexpr std::size_t step_scratch_bytes(std::int64_t batch, std::int64_t heads, std::int64_t head_dim,
@@ -172,7 +185,7 @@ struct attention {
                        sizeof(double) * static_cast<std::size_t>(rotary_block * head_dim));
   }
   template <storage T, device_policy P>
-  static rotary_tables<P, T> allocate_rotary(scratch<P>& memory, std::int64_t positions, std::int64_t head_dim) {
+  static rotary_tables<home<P>, T> allocate_rotary(scratch<P>& memory, std::int64_t positions, std::int64_t head_dim) {
     if (positions == 0) return {};
     auto const angles = memory.template allocate<accum_t<T>>(positions, head_dim);
     auto const steps = memory.template allocate<double>(rotary_block, head_dim);

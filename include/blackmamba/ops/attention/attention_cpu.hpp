@@ -4,6 +4,7 @@
 #include <blackmamba/ops/attention/attention_work_cpu.hpp>
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 namespace blackmamba {
@@ -53,43 +54,26 @@ struct backend<attention, device::cpu> {
       for (auto const& s : list) held.length(s.index) += static_cast<std::int32_t>(s.rows);
   }
 
+  /// In one pass over the scores where sequences and heads alone keep the threads busy; else in two, which divide further.
+  /// Both do the same arithmetic in the same order.
   template <class T>
   static void backward(policy_type const& policy, attention::gradient_inputs<policy_type, T> const& in,
                        attention::gradients<policy_type, T> const& grad,
                        attention::rotary_tables<policy_type, T> const& tables,
-                       host_view<accum_t<T>, dyn, dyn, dyn> delta) {
-    using A = accum_t<T>;
-    std::int64_t const heads = in.q.extent(2), kv_heads = in.k.extent(2), head_dim = in.q.extent(3);
-    std::int64_t const share = heads / kv_heads;
+                       host_view<accum_t<T>, dyn, dyn, dyn> delta, host_view<accum_t<T>, dyn, dyn, dyn> d_q) {
     auto const list = sequences("attention.backward", in.q, in.cu_seqlens);
-    A const* angles = nullptr;
+    accum_t<T> const* angles = nullptr;
     if (tables.angles.present()) {
       fill_tables(policy, {sequence{.rows = in.q.extent(1)}}, in.rotary_base, tables.angles, tables.steps);
       angles = tables.angles.data();
     }
     fill_delta(policy, in, delta);
-    for_tiles(policy, list, heads, [&](auto&& each_tile) {
-      attention_tiles::query_gradient_tile<A> work(head_dim);
-      each_tile([&](sequence const& s, std::int64_t head, std::int64_t first, std::int64_t rows) {
-        work.run(rows_of(in.q, s.batch, s.first, head, angles), rows_of(in.k, s.batch, s.first, head / share, angles),
-                 rows_of(in.v, s.batch, s.first, head / share), rows_of(in.d_y, s.batch, s.first, head),
-                 in.lse.row(s.batch, head) + s.first, delta.row(s.batch, head) + s.first, first, rows);
-        work.write(angles, first, rows, grad.d_q.row(s.batch, s.first, head), grad.d_q.stride(1));
-      });
-    });
-    for_tiles(policy, list, kv_heads, [&](auto&& each_tile) {
-      attention_tiles::key_gradient_tile<A> work(head_dim);
-      each_tile([&](sequence const& s, std::int64_t kv_head, std::int64_t first, std::int64_t rows) {
-        work.begin(rows_of(in.k, s.batch, s.first, kv_head, angles), rows_of(in.v, s.batch, s.first, kv_head), first, rows);
-        for (std::int64_t head = kv_head * share; head < (kv_head + 1) * share; ++head)
-          for (std::int64_t query = first; query < s.rows; query += attention_tiles::tile)
-            work.add(rows_of(in.q, s.batch, s.first, head, angles), rows_of(in.d_y, s.batch, s.first, head),
-                     in.lse.row(s.batch, head) + s.first, delta.row(s.batch, head) + s.first, query,
-                     std::min(attention_tiles::tile, s.rows - query));
-        work.write(angles, grad.d_k.row(s.batch, s.first, kv_head), grad.d_k.stride(1),
-                   grad.d_v.row(s.batch, s.first, kv_head), grad.d_v.stride(1));
-      });
-    });
+    if (static_cast<std::int64_t>(list.size()) * in.k.extent(2) >= 2 * cpu::thread_count(policy.threads)) {
+      backward_in_one(policy, in, grad, list, angles, delta, d_q);
+    } else {
+      query_gradients(policy, in, grad, list, angles, delta);
+      key_gradients(policy, in, grad, list, angles, delta);
+    }
   }
 
   template <class T>
@@ -98,7 +82,7 @@ struct backend<attention, device::cpu> {
                    host_view<accum_t<T>, dyn, dyn> angles, host_view<accum_t<T>, dyn, dyn, dyn, dyn> partial) {
     using A = accum_t<T>;
     std::int64_t const batch = y.extent(0), heads = y.extent(1), head_dim = y.extent(2);
-    std::int64_t const kv_heads = in.k.extent(1), share = heads / kv_heads;
+    std::int64_t const kv_heads = in.k.extent(1);
     bool const rotary = in.rotary_base != 0;
     std::int64_t longest = 0;
     for (std::int64_t b = 0; b < batch; ++b) {
@@ -110,26 +94,28 @@ struct backend<attention, device::cpu> {
         for (std::int64_t b = begin; b < end; ++b) fill_angles(held.length(b), head_dim, in.rotary_base, angles.row(b));
       });
     std::int64_t const chunks = attention::step_chunks(longest);
-    cpu::parallel_for(policy.threads, batch * kv_heads * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
-      attention_tiles::step_work<A> work(share, head_dim, attention::step_chunk);
+    cpu::parallel_for(policy.threads, batch * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
+      attention_tiles::step_work<A> work(heads, heads / kv_heads, head_dim, attention::step_chunk);
       for (std::int64_t task = begin; task < end; ++task) {
-        std::int64_t const b = task / (kv_heads * chunks), head = task / chunks % kv_heads, chunk = task % chunks;
+        std::int64_t const b = task / chunks, chunk = task % chunks;
         std::int64_t const last = held.length(b), first = chunk * attention::step_chunk;
         if (first > last) continue;
         std::int64_t const keys = std::min(attention::step_chunk, last + 1 - first);
         A const* const turn = rotary ? angles.row(b) : nullptr;
-        if (first + keys > last) {  // the chunk that the new token is in; nobody else reads its row
-          attention_tiles::rotate_row<false>(in.k.row(b, head), head_dim, turn, A(1), held.key.row(b, last, head));
-          std::copy_n(in.v.row(b, head), head_dim, held.value.row(b, last, head));
-        }
-        work.run(in.q.row(b, head * share), in.q.stride(1), turn, rows_of(held.key, b, first, head),
-                 rows_of(held.value, b, first, head), keys, partial.row(b, head * share, chunk), partial.stride(1));
+        if (first + keys > last)  // the chunk that the new token is in; no other task reads its row
+          for (std::int64_t head = 0; head < kv_heads; ++head) {
+            attention_tiles::rotate_row<false>(in.k.row(b, head), head_dim, turn, A(1), held.key.row(b, last, head));
+            std::copy_n(in.v.row(b, head), head_dim, held.value.row(b, last, head));
+          }
+        work.template run<T>(inner<2>(in.q, b), turn, inner<3>(held.key, b).slice(first, keys),
+                             inner<3>(held.value, b).slice(first, keys), inner<2>(partial, b, chunk));
       }
     });
     cpu::parallel_for(policy.threads, batch * heads, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
         std::int64_t const b = task / heads, head = task % heads;
-        attention_tiles::combine_chunks(partial.row(b, head, 0), attention::step_chunks(held.length(b) + 1), head_dim, y.row(b, head));
+        attention_tiles::combine_chunks(partial.row(b, 0, head), partial.stride(1), attention::step_chunks(held.length(b) + 1),
+                                        head_dim, y.row(b, head));
       }
     });
     for (std::int64_t b = 0; b < batch; ++b) ++held.length(b);
@@ -141,6 +127,80 @@ struct backend<attention, device::cpu> {
   struct sequence {
     std::int64_t index = 0, batch = 0, first = 0, rows = 0, past = 0, angles = 0;
   };
+
+  /// d_q, d_k and d_v of whole heads: tile of keys by tile of keys, with the sums of d_q in memory.
+  template <class T>
+  static void backward_in_one(policy_type const& policy, attention::gradient_inputs<policy_type, T> const& in,
+                              attention::gradients<policy_type, T> const& grad, std::vector<sequence> const& list,
+                              accum_t<T> const* angles, host_view<accum_t<T>, dyn, dyn, dyn> delta,
+                              host_view<accum_t<T>, dyn, dyn, dyn> d_q) {
+    using A = accum_t<T>;
+    std::int64_t const kv_heads = in.k.extent(2), share = in.q.extent(2) / kv_heads, head_dim = in.q.extent(3);
+    std::int64_t const ld = attention_tiles::whole_packs<A>(head_dim);
+    cpu::parallel_for(policy.threads, static_cast<std::int64_t>(list.size()) * kv_heads, 1, [&](auto begin, auto end) {
+      attention_tiles::key_gradient_tile<A> work(head_dim);
+      for (std::int64_t task = begin; task < end; ++task) {
+        sequence const& s = list[static_cast<std::size_t>(task / kv_heads)];
+        std::int64_t const kv_head = task % kv_heads;
+        auto const sums = [&](std::int64_t head) {
+          return d_q.row(head, s.batch * in.q.extent(1) + s.first + s.index * attention::gradient_row_padding);
+        };
+        for (std::int64_t head = kv_head * share; head < (kv_head + 1) * share; ++head)
+          std::fill_n(sums(head), attention_tiles::whole_blocks(s.rows) * ld, A(0));
+        for (std::int64_t key = 0; key < s.rows; key += attention_tiles::tile)
+          key_gradient(work, in, grad, s, kv_head, key, std::min(attention_tiles::tile, s.rows - key), angles, delta,
+                       [&](std::int64_t head, std::int64_t query) { return sums(head) + query * ld; });
+        for (std::int64_t head = kv_head * share; head < (kv_head + 1) * share; ++head)
+          attention_tiles::write_query_gradient(sums(head), s.rows, head_dim, angles, grad.d_q.row(s.batch, s.first, head),
+                                                grad.d_q.stride(1));
+      }
+    });
+  }
+
+  /// d_k and d_v of one tile of keys; d_q(head, query) tells where sums for queries go.
+  template <class T, class Work, class QuerySums>
+  static void key_gradient(Work& work, attention::gradient_inputs<policy_type, T> const& in,
+                           attention::gradients<policy_type, T> const& grad, sequence const& s, std::int64_t kv_head,
+                           std::int64_t first, std::int64_t rows, accum_t<T> const* angles,
+                           host_view<accum_t<T>, dyn, dyn, dyn> delta, QuerySums&& d_q) {
+    std::int64_t const share = in.q.extent(2) / in.k.extent(2);
+    work.begin(rows_of(in.k, s.batch, s.first, kv_head, angles), rows_of(in.v, s.batch, s.first, kv_head), first, rows);
+    for (std::int64_t head = kv_head * share; head < (kv_head + 1) * share; ++head)
+      for (std::int64_t query = first; query < s.rows; query += attention_tiles::tile)
+        work.add(rows_of(in.q, s.batch, s.first, head, angles), rows_of(in.d_y, s.batch, s.first, head),
+                 in.lse.row(s.batch, head) + s.first, delta.row(s.batch, head) + s.first, query,
+                 std::min(attention_tiles::tile, s.rows - query), d_q(head, query));
+    work.write(angles, grad.d_k.row(s.batch, s.first, kv_head), grad.d_k.stride(1),
+               grad.d_v.row(s.batch, s.first, kv_head), grad.d_v.stride(1));
+  }
+  template <class T>
+  static void key_gradients(policy_type const& policy, attention::gradient_inputs<policy_type, T> const& in,
+                            attention::gradients<policy_type, T> const& grad, std::vector<sequence> const& list,
+                            accum_t<T> const* angles, host_view<accum_t<T>, dyn, dyn, dyn> delta) {
+    for_tiles(policy, list, in.k.extent(2), [&](auto&& each_tile) {
+      attention_tiles::key_gradient_tile<accum_t<T>> work(in.q.extent(3));
+      each_tile([&](sequence const& s, std::int64_t kv_head, std::int64_t first, std::int64_t rows) {
+        key_gradient(work, in, grad, s, kv_head, first, rows, angles, delta,
+                     [](std::int64_t, std::int64_t) -> accum_t<T>* { return nullptr; });
+      });
+    });
+  }
+  template <class T>
+  static void query_gradients(policy_type const& policy, attention::gradient_inputs<policy_type, T> const& in,
+                              attention::gradients<policy_type, T> const& grad, std::vector<sequence> const& list,
+                              accum_t<T> const* angles, host_view<accum_t<T>, dyn, dyn, dyn> delta) {
+    std::int64_t const heads = in.q.extent(2), share = heads / in.k.extent(2), head_dim = in.q.extent(3);
+    for_tiles(policy, list, heads, [&](auto&& each_tile) {
+      attention_tiles::query_gradient_tile<accum_t<T>> work(head_dim);
+      each_tile([&](sequence const& s, std::int64_t head, std::int64_t first, std::int64_t rows) {
+        work.run(rows_of(in.q, s.batch, s.first, head, angles), rows_of(in.k, s.batch, s.first, head / share, angles),
+                 rows_of(in.v, s.batch, s.first, head / share), rows_of(in.d_y, s.batch, s.first, head),
+                 in.lse.row(s.batch, head) + s.first, delta.row(s.batch, head) + s.first, first, rows);
+        attention_tiles::write_query_gradient(work.sums(), rows, head_dim, angles ? angles + first * head_dim : nullptr,
+                                              grad.d_q.row(s.batch, s.first + first, head), grad.d_q.stride(1));
+      });
+    });
+  }
 
   template <class Q, class Offsets>
   static std::vector<sequence> sequences(char const* op, Q const& q, Offsets const& cu_seqlens) {
@@ -178,6 +238,24 @@ struct backend<attention, device::cpu> {
   static auto rows_of(X const& x, std::int64_t batch, std::int64_t first, std::int64_t head,
                       accum_t<typename X::value_type> const* angles = nullptr) {
     return attention_tiles::head_rows<typename X::value_type>{x.row(batch, first, head), x.stride(1), angles};
+  }
+
+  /// x at the given leading indices: a view of its last Rest dimensions.
+  template <int Rest, class X, class... Ints>
+  static auto inner(X const& x, Ints... indices) {
+    std::array<std::int64_t, static_cast<std::size_t>(Rest)> extents{}, strides{};
+    for (int i = 0; i < Rest; ++i) {
+      extents[static_cast<std::size_t>(i)] = x.extent(X::rank - Rest + i);
+      strides[static_cast<std::size_t>(i)] = x.stride(X::rank - Rest + i);
+    }
+    auto* data = x.data();
+    int dimension = 0;
+    ((data += indices * x.stride(dimension++)), ...);
+    using T = typename X::element_type;
+    if constexpr (Rest == 2)
+      return host_view<T, dyn, dyn>(data, extents, strides);
+    else
+      return host_view<T, dyn, dyn, dyn>(data, extents, strides);
   }
 
   /// Cosines and sines of the angles at one position.

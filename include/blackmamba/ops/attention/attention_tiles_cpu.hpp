@@ -82,22 +82,23 @@ void score_product(std::int64_t columns, std::int64_t depth, A const* a, std::in
   }
 }
 
-/// Weighted sums of rows: c (rows, columns) (Start) a^T b, where a holds the weights (depth, rows) and b the rows
-/// (depth, columns). For the results from row r on, depth_at(r) tells the rows of b that have a weight.
-template <start Start, class A, class DepthAt>
+/// Weighted sums of rows: c (rows, columns) (Start) weights b, with the rows of b (depth, columns). The weights are stored
+/// (rows, depth), or (depth, rows) where they are Transposed, with row stride `tile`. For the results from row r on,
+/// depth_at(r) tells the rows of b that have a weight. Whole blocks of rows are written.
+template <start Start, bool Transposed, class A, class DepthAt>
 void weighted_rows(std::int64_t rows, std::int64_t columns, A const* weights, A const* b, std::int64_t ldb, A* c,
                    std::int64_t ldc, A const* factor, DepthAt&& depth_at) {
   constexpr std::int64_t lanes = simd::width<A>;
   for (std::int64_t at = 0; at < columns; at += 2 * lanes)
     for (std::int64_t r = 0; r < rows; r += block_rows) {
       range const d = depth_at(r);
-      A const* const w = weights + d.begin * tile + r;
+      A const* const w = Transposed ? weights + d.begin * tile + r : weights + r * tile + d.begin;
       A const* const x = b + d.begin * ldb + at;
       std::int64_t const depth = std::max<std::int64_t>(d.end - d.begin, 0);
       if (at + 2 * lanes <= columns)
-        product_block<true, Start, 2>(depth, w, tile, x, ldb, c + r * ldc + at, ldc, factor ? factor + r : nullptr);
+        product_block<Transposed, Start, 2>(depth, w, tile, x, ldb, c + r * ldc + at, ldc, factor ? factor + r : nullptr);
       else
-        product_block<true, Start, 1>(depth, w, tile, x, ldb, c + r * ldc + at, ldc, factor ? factor + r : nullptr);
+        product_block<Transposed, Start, 1>(depth, w, tile, x, ldb, c + r * ldc + at, ldc, factor ? factor + r : nullptr);
     }
 }
 

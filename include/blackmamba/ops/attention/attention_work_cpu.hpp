@@ -60,7 +60,7 @@ class forward_tile {
       score_product<A>(columns, head_dim_, keys_, ld_, queries_, scores_,
                        [&](std::int64_t i) { return range{0, mask.seen_by(i + block_lanes<A> - 1)}; });
       for (std::int64_t i = 0; i < columns; i += V::lanes) add_keys(mask, i);
-      weighted_rows<start::scaled_sum, A>(rows, ld_, scores_, values_, ld_, sums_, ld_, factor_,
+      weighted_rows<start::scaled_sum, true, A>(rows, ld_, scores_, values_, ld_, sums_, ld_, factor_,
                                           [&](std::int64_t i) { return range{0, mask.seen_by(i + block_rows - 1)}; });
     }
   }
@@ -156,19 +156,13 @@ class query_gradient_tile {
         }
         for (std::int64_t j = any_sees; j < mask.keys; ++j) V(0).store(scores_ + j * tile + i);
       }
-      weighted_rows<start::sum, A>(rows, ld_, scores_, keys_, ld_, sums_, ld_, nullptr,
+      weighted_rows<start::sum, true, A>(rows, ld_, scores_, keys_, ld_, sums_, ld_, nullptr,
                                    [&](std::int64_t i) { return range{0, mask.seen_by(i + block_rows - 1)}; });
     }
   }
 
-  /// Rows [first, first + rows) of d_q, turned back by the angles of q.
-  template <class T>
-  void write(A const* angles, std::int64_t first, std::int64_t rows, T* d_q, std::int64_t stride) const {
-    A const factor = static_cast<A>(1 / std::sqrt(static_cast<double>(head_dim_)));
-    for (std::int64_t r = 0; r < rows; ++r)
-      rotate_row<true>(sums_ + r * ld_, head_dim_, angles ? angles + (first + r) * head_dim_ : nullptr, factor,
-                       d_q + (first + r) * stride);
-  }
+  /// The sums, rows of whole_packs(dh).
+  A const* sums() const { return sums_; }
 
  private:
   std::int64_t head_dim_, ld_;
@@ -176,7 +170,8 @@ class query_gradient_tile {
   A *queries_, *d_y_, *keys_, *values_, *sums_, *scores_, *d_scores_, *lse_, *delta_;
 };
 
-/// d_k and d_v of a tile of keys: sums over all queries that see them. Scores (queries, keys).
+/// d_k and d_v of a tile of keys: sums over all queries that see them; where wanted, with what the keys give to d_q, in the
+/// same arithmetic as in query_gradient_tile. Scores (queries, keys).
 template <class A>
 class key_gradient_tile {
   using V = simd::pack<A>;
@@ -185,42 +180,46 @@ class key_gradient_tile {
   explicit key_gradient_tile(std::int64_t head_dim)
       : head_dim_(head_dim),
         ld_(whole_packs<A>(head_dim)),
-        memory_(2 * head_dim * tile + 4 * tile * ld_ + 2 * tile * tile),
-        keys_(memory_.take(head_dim * tile)),
-        values_(memory_.take(head_dim * tile)),
+        memory_(2 * head_dim * tile + 5 * tile * ld_ + 2 * tile * tile + tile),
+        keys_(memory_.take(tile * ld_)),
+        transposed_keys_(memory_.take(head_dim * tile)),
+        transposed_values_(memory_.take(head_dim * tile)),
         queries_(memory_.take(tile * ld_)),
         d_y_(memory_.take(tile * ld_)),
         d_k_(memory_.take(tile * ld_)),
         d_v_(memory_.take(tile * ld_)),
         scores_(memory_.take(tile * tile)),
-        d_scores_(memory_.take(tile * tile)) {}
+        d_scores_(memory_.take(tile * tile)),
+        lse_(memory_.take(tile)) {}
 
   /// Starts on the keys [first, first + rows).
   template <class T>
   void begin(head_rows<T> const& k, head_rows<T> const& v, std::int64_t first, std::int64_t rows) {
     first_ = first;
     rows_ = rows;
-    load_tile(k, first, rows, head_dim_, A(1), queries_);
-    transpose_tile(queries_, rows, head_dim_, keys_);
-    load_tile(v, first, rows, head_dim_, A(1), queries_);
-    transpose_tile(queries_, rows, head_dim_, values_);
+    load_tile(v, first, rows, head_dim_, A(1), keys_);
+    transpose_tile(keys_, rows, head_dim_, transposed_values_);
+    load_tile(k, first, rows, head_dim_, A(1), keys_);
+    transpose_tile(keys_, rows, head_dim_, transposed_keys_);
     std::fill_n(d_k_, whole_blocks(rows) * ld_, A(0));
     std::fill_n(d_v_, whole_blocks(rows) * ld_, A(0));
   }
 
-  /// Adds what reaches the keys from the queries [query, query + count) of one head.
+  /// Adds what reaches the keys from the queries [query, query + count) of one head. Where d_q is not null, adds what
+  /// reaches these queries: to rows of whole_packs(dh), as many as whole blocks have.
   template <class T>
   void add(head_rows<T> const& q, head_rows<T> const& d_y, A const* lse, A const* delta, std::int64_t query,
-           std::int64_t count) {
+           std::int64_t count, A* d_q) {
     std::int64_t const columns = whole_packs<A>(rows_);
     causal const mask{query - first_, rows_};
     load_tile(q, query, count, head_dim_, query_factor<A>(head_dim_), queries_);
     load_tile(d_y, query, count, head_dim_, A(1), d_y_);
+    for (std::int64_t i = 0; i < count; ++i) lse_[i] = lse[query + i] * static_cast<A>(attention_math::log2_e);
     auto const wanted = [&](std::int64_t j) { return range{mask.first_seeing(j), count}; };
-    score_product<A>(columns, head_dim_, queries_, ld_, keys_, scores_, wanted);
-    score_product<A>(columns, head_dim_, d_y_, ld_, values_, d_scores_, wanted);
+    score_product<A>(columns, head_dim_, queries_, ld_, transposed_keys_, scores_, wanted);
+    score_product<A>(columns, head_dim_, d_y_, ld_, transposed_values_, d_scores_, wanted);
     for (std::int64_t i = 0; i < count; ++i) {
-      V const lse_i = lse[query + i] * static_cast<A>(attention_math::log2_e), delta_i = delta[query + i];
+      V const lse_i = lse_[i], delta_i = delta[query + i];
       for (std::int64_t j = 0; j < columns; j += V::lanes) {
         A *const score = scores_ + i * tile + j, *const d_score = d_scores_ + i * tile + j;
         if (j > mask.ahead + i) {
@@ -234,8 +233,12 @@ class key_gradient_tile {
         select(seen, weight * (V::load(d_score) - delta_i), V(0)).store(d_score);
       }
     }
-    weighted_rows<start::sum, A>(rows_, ld_, scores_, d_y_, ld_, d_v_, ld_, nullptr, wanted);
-    weighted_rows<start::sum, A>(rows_, ld_, d_scores_, queries_, ld_, d_k_, ld_, nullptr, wanted);
+    weighted_rows<start::sum, true, A>(rows_, ld_, scores_, d_y_, ld_, d_v_, ld_, nullptr, wanted);
+    weighted_rows<start::sum, true, A>(rows_, ld_, d_scores_, queries_, ld_, d_k_, ld_, nullptr, wanted);
+    if (d_q)
+      weighted_rows<start::sum, false, A>(count, ld_, d_scores_, keys_, ld_, d_q, ld_, nullptr, [&](std::int64_t i) {
+        return range{0, mask.seen_by(i + block_rows - 1)};
+      });
   }
 
   /// The tile's rows of d_k, turned back by the angles of k, and of d_v.
@@ -251,59 +254,82 @@ class key_gradient_tile {
  private:
   std::int64_t head_dim_, ld_, first_ = 0, rows_ = 0;
   tile_memory<A> memory_;
-  A *keys_, *values_, *queries_, *d_y_, *d_k_, *d_v_, *scores_, *d_scores_;
+  A *keys_, *transposed_keys_, *transposed_values_, *queries_, *d_y_, *d_k_, *d_v_, *scores_, *d_scores_, *lse_;
 };
 
-/// One query of each of the `heads` heads that share a key/value head, against a chunk of its keys: each key and value is
-/// fetched once and serves all of them. The result is a partial sum: dh weighted values, maximum, total.
+/// Rows of d_q from their sums, rows of whole_packs(dh): scaled, and turned back by the angles of q (null: not turned).
+template <class A, class T>
+void write_query_gradient(A const* sums, std::int64_t rows, std::int64_t head_dim, A const* angles, T* d_q,
+                          std::int64_t stride) {
+  A const factor = static_cast<A>(1 / std::sqrt(static_cast<double>(head_dim)));
+  for (std::int64_t r = 0; r < rows; ++r)
+    rotate_row<true>(sums + r * whole_packs<A>(head_dim), head_dim, angles ? angles + r * head_dim : nullptr, factor,
+                     d_q + r * stride);
+}
+
+/// One query of every head against a chunk of keys. The chunk's keys and values are read once, in the order in which they
+/// lie in the cache: all heads of a position, then the next position. What a head gets is a partial sum: dh weighted
+/// values, maximum, total.
 template <class A>
 class step_work {
   using V = simd::pack<A>;
-  /// Keys that are fetched into the first-level cache together.
-  static constexpr std::int64_t group = 16;
+  /// Positions that are worked on together, and packs of a row: what is loaded for one serves the others.
+  static constexpr std::int64_t group = 8, packs = 4;
+  template <std::int64_t N>
+  using indices = std::make_integer_sequence<std::int64_t, N>;
 
  public:
-  step_work(std::int64_t heads, std::int64_t head_dim, std::int64_t chunk)
+  /// `share` query heads read one key/value head.
+  step_work(std::int64_t heads, std::int64_t share, std::int64_t head_dim, std::int64_t chunk)
       : heads_(heads),
+        share_(share),
         head_dim_(head_dim),
         ld_(whole_packs<A>(head_dim)),
         chunk_(whole_packs<A>(chunk)),
-        memory_(whole_blocks(heads) * ld_ + heads * ld_ + heads * chunk_),
-        queries_(memory_.take(whole_blocks(heads) * ld_)),
+        memory_(heads * (2 * ld_ + chunk_)),
+        queries_(memory_.take(heads * ld_)),
         sums_(memory_.take(heads * ld_)),
         scores_(memory_.take(heads * chunk_)) {}
 
-  /// q, one row for each head; k and v, `keys` rows; partial, one row of dh + 2 for each head.
+  /// q (Hq, dh); k, v (keys, Hkv, dh); partial, one row of dh + 2 for each head.
   template <class T>
-  void run(T const* q, std::int64_t q_stride, A const* angles, head_rows<T> const& k, head_rows<T> const& v,
-           std::int64_t keys, A* partial, std::int64_t partial_stride) {
-    for (std::int64_t h = 0; h < heads_; ++h) {
-      rotate_row<false>(q + h * q_stride, head_dim_, angles, query_factor<A>(head_dim_), queries_ + h * ld_);
-      std::fill_n(sums_ + h * ld_, ld_, A(0));
-    }
+  void run(host_view<T const, dyn, dyn> q, A const* angles, host_view<T const, dyn, dyn, dyn> k,
+           host_view<T const, dyn, dyn, dyn> v, host_view<A, dyn, dyn> partial) {
+    std::int64_t const keys = k.extent(0);
+    for (std::int64_t h = 0; h < heads_; ++h)
+      rotate_row<false>(q.row(h), head_dim_, angles, query_factor<A>(head_dim_), queries_ + h * ld_);
     for (std::int64_t j = 0; j < keys; j += group)
-      for (std::int64_t h = 0; h < heads_; ++h)
-        for (std::int64_t i = j; i < std::min(j + group, keys); ++i)
-          scores_[h * chunk_ + i] = dot(queries_ + h * ld_, k.data + i * k.stride);
+      for (std::int64_t h = 0; h < heads_; ++h) {
+        A const* const query = queries_ + h * ld_;
+        A* const score = scores_ + h * chunk_ + j;
+        if (j + group <= keys)
+          dots(query, k.row(j, h / share_), k.stride(0), score, indices<group>{});
+        else
+          for (std::int64_t i = 0; j + i < keys; ++i)
+            dots(query, k.row(j + i, h / share_), k.stride(0), score + i, indices<1>{});
+      }
     for (std::int64_t h = 0; h < heads_; ++h) {
       auto const state = weigh(scores_ + h * chunk_, keys);
-      partial[h * partial_stride + head_dim_] = state.maximum;
-      partial[h * partial_stride + head_dim_ + 1] = state.sum;
+      partial(h, head_dim_) = state.maximum;
+      partial(h, head_dim_ + 1) = state.sum;
     }
+    std::fill_n(sums_, heads_ * ld_, A(0));
     for (std::int64_t j = 0; j < keys; j += group)
       for (std::int64_t h = 0; h < heads_; ++h)
-        add_values(scores_ + h * chunk_ + j, v.data + j * v.stride, v.stride, std::min(group, keys - j), sums_ + h * ld_);
-    for (std::int64_t h = 0; h < heads_; ++h) std::copy_n(sums_ + h * ld_, head_dim_, partial + h * partial_stride);
+        add_values(scores_ + h * chunk_ + j, v.row(j, h / share_), v.stride(0), std::min(group, keys - j), sums_ + h * ld_);
+    for (std::int64_t h = 0; h < heads_; ++h) std::copy_n(sums_ + h * ld_, head_dim_, partial.row(h));
   }
 
  private:
-  template <class T>
-  A dot(A const* q, T const* k) const {
-    V sum = 0;
+  /// Products of the query with one key for each index.
+  template <class T, std::int64_t... I>
+  void dots(A const* q, T const* k, std::int64_t stride, A* scores, std::integer_sequence<std::int64_t, I...>) const {
+    V sum[] = {V((static_cast<void>(I), 0))...};
     simd::for_packs<V::lanes>(head_dim_, [&](std::int64_t d, auto lanes) {
-      sum = fma(simd::load<V>(q + d, lanes), simd::load<V>(k + d, lanes), sum);
+      V const x = simd::load<V>(q + d, lanes);
+      ((sum[I] = fma(x, simd::load<V>(k + I * stride + d, lanes), sum[I])), ...);
     });
-    return simd::sum(sum);
+    ((scores[I] = simd::sum(sum[I])), ...);
   }
   /// Scores become weights relative to their maximum.
   static attention_math::running_softmax<A> weigh(A* scores, std::int64_t keys) {
@@ -318,34 +344,47 @@ class step_work {
     }
     return {maximum, simd::sum(total)};
   }
+  /// sums += the weighted values of the given keys.
   template <class T>
   void add_values(A const* weights, T const* v, std::int64_t stride, std::int64_t keys, A* sums) const {
-    simd::for_packs<V::lanes>(head_dim_, [&](std::int64_t d, auto lanes) {
-      V sum = V::load(sums + d);
-      for (std::int64_t j = 0; j < keys; ++j) sum = fma(V(weights[j]), simd::load<V>(v + j * stride + d, lanes), sum);
-      sum.store(sums + d);
+    std::int64_t d = 0;
+    for (; d + packs * V::lanes <= head_dim_; d += packs * V::lanes)
+      add_packs(weights, v + d, stride, keys, sums + d, indices<packs>{});
+    simd::for_packs<V::lanes>(head_dim_ - d, [&](std::int64_t i, auto lanes) {
+      V sum = V::load(sums + d + i);
+      for (std::int64_t j = 0; j < keys; ++j) sum = fma(V(weights[j]), simd::load<V>(v + j * stride + d + i, lanes), sum);
+      sum.store(sums + d + i);
     });
   }
+  template <class T, std::int64_t... I>
+  static void add_packs(A const* weights, T const* v, std::int64_t stride, std::int64_t keys, A* sums,
+                        std::integer_sequence<std::int64_t, I...>) {
+    V sum[] = {V::load(sums + I * V::lanes)...};
+    for (std::int64_t j = 0; j < keys; ++j) {
+      V const w = weights[j];
+      ((sum[I] = fma(w, V::load(v + j * stride + I * V::lanes), sum[I])), ...);
+    }
+    (sum[I].store(sums + I * V::lanes), ...);
+  }
 
-  std::int64_t heads_, head_dim_, ld_, chunk_;
+  std::int64_t heads_, share_, head_dim_, ld_, chunk_;
   tile_memory<A> memory_;
   A *queries_, *sums_, *scores_;
 };
 
-/// y (dh) from the partial sums of `chunks` chunks, one row of dh + 2 each, in order.
+/// y (dh) from the partial sums of `chunks` chunks, in order; a row of dh + 2 every `stride` elements.
 template <class A, class T>
-void combine_chunks(A const* partial, std::int64_t chunks, std::int64_t head_dim, T* y) {
+void combine_chunks(A const* partial, std::int64_t stride, std::int64_t chunks, std::int64_t head_dim, T* y) {
   using V = simd::pack<A>;
-  std::int64_t const ld = head_dim + 2;
   A maximum = -std::numeric_limits<A>::infinity(), total = 0;
-  for (std::int64_t c = 0; c < chunks; ++c) maximum = std::max(maximum, partial[c * ld + head_dim]);
+  for (std::int64_t c = 0; c < chunks; ++c) maximum = std::max(maximum, partial[c * stride + head_dim]);
   for (std::int64_t c = 0; c < chunks; ++c)
-    total += partial[c * ld + head_dim + 1] * attention_math::rescaling(partial[c * ld + head_dim], maximum);
+    total += partial[c * stride + head_dim + 1] * attention_math::rescaling(partial[c * stride + head_dim], maximum);
   simd::for_packs<V::lanes>(head_dim, [&](std::int64_t d, auto lanes) {
     V sum = 0;
     for (std::int64_t c = 0; c < chunks; ++c)
-      sum = fma(V(attention_math::rescaling(partial[c * ld + head_dim], maximum)),
-                simd::load<V>(partial + c * ld + d, lanes), sum);
+      sum = fma(V(attention_math::rescaling(partial[c * stride + head_dim], maximum)),
+                simd::load<V>(partial + c * stride + d, lanes), sum);
     simd::store(sum / V(total), y + d, lanes);
   });
 }
