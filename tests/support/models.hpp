@@ -20,10 +20,11 @@ struct tiny_biased : tiny {
 };
 
 using tiny_blackmamba = blackmamba::blackmamba_model<tiny>;
+using tiny_unbalanced = blackmamba::blackmamba_model<tiny, blackmamba::swiglu, blackmamba::no_balance>;
 using tiny_geglu = blackmamba::blackmamba_model<tiny_biased, blackmamba::geglu, blackmamba::no_balance>;
 using tiny_mamba = blackmamba::dense_mamba<tiny>;
 using tiny_transformer = blackmamba::transformer<tiny_biased>;
-using tiny_transformer_moe = blackmamba::transformer_moe<tiny, blackmamba::plain_gelu>;
+using tiny_transformer_moe = blackmamba::transformer_moe<tiny, blackmamba::plain_gelu, blackmamba::no_balance>;
 /// Mamba and a top-2 mixture side by side.
 using tiny_parallel = blackmamba::language_model<
     tiny, blackmamba::repeat<2, blackmamba::parallel<blackmamba::rms_norm, blackmamba::mamba<tiny>,

@@ -14,19 +14,20 @@ namespace blackmamba {
 
 namespace detail {
 
-/// Binds a described view to memory at `base`, keeping 256-byte alignment, and moves `used` (in elements) on.
+/// Binds a described view to memory at `base` and moves `used`, in elements of the memory, on to the next multiple of 128:
+/// offsets are the same in the memories of weights, gradients and moments, whatever their types.
 template <class View, class T>
 void bind_view(View& v, entry const& e, T* base, std::int64_t& used) {
+  using element = typename View::element_type;
   typename View::shape_type shape{};
   check_that(static_cast<int>(e.extents.size()) == View::rank, "network", e.name, std::to_string(e.extents.size()),
              std::to_string(View::rank) + " dimensions");
   for (std::size_t i = 0; i < shape.size(); ++i) shape[i] = e.extents[i];
   // A null base measures: views get their shape and stay absent.
-  v = base ? View(reinterpret_cast<typename View::element_type*>(base + used), shape) : View(nullptr, shape);
-  std::int64_t const per_block = 256 / static_cast<std::int64_t>(sizeof(T));
-  std::int64_t const elements = (e.size() * static_cast<std::int64_t>(sizeof(typename View::value_type)) +
-                                 static_cast<std::int64_t>(sizeof(T)) - 1) / static_cast<std::int64_t>(sizeof(T));
-  used += (elements + per_block - 1) / per_block * per_block;
+  v = View(base ? reinterpret_cast<element*>(base + used) : nullptr, shape);
+  constexpr auto from = static_cast<std::int64_t>(sizeof(element)), to = static_cast<std::int64_t>(sizeof(T));
+  std::int64_t const elements = (e.size() * from + to - 1) / to;
+  used += (elements + 127) / 128 * 128;
 }
 
 }  // namespace detail

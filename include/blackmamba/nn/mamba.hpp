@@ -149,7 +149,7 @@ struct mamba {
     auto const d_y = c.template allocate<T>(B, L, d_inner);
     linear::backward<P, T>(c.policy, {.x = keep.y.rows(), .weight = p.out_proj, .d_y = d_out},
                            {.d_x = d_y.rows(), .d_weight = d.out_proj, .d_bias = d.out_proj_bias});
-    Recurrence::template backward<d_state>(c.policy,
+    Recurrence::template backward<d_state, P, T>(c.policy,
                                            {.u = keep.u,
                                             .delta = keep.delta,
                                             .A = p.A_log,
@@ -177,7 +177,7 @@ struct mamba {
                            {.d_x = d_dt, .d_weight = d.dt_proj});
     linear::backward<P, T>(c.policy, {.x = keep.u.rows(), .weight = p.x_proj, .d_y = d_projections.rows()},
                            {.d_x = d_u.rows(), .d_weight = d.x_proj, .d_x_update = update::accumulate});
-    causal_conv1d::backward(c.policy,
+    causal_conv1d::backward<P, T>(c.policy,
                             {.x = keep.xz.columns(0, d_inner),
                              .weight = p.conv_weight,
                              .bias = p.conv_bias,

@@ -2,6 +2,7 @@
 #include <blackmamba/model/checkpoint.hpp>
 #include <blackmamba/model/network.hpp>
 #include <blackmamba/ops/adamw/adamw.hpp>
+#include <blackmamba/ops/cross_entropy/cross_entropy.hpp>
 #include <blackmamba/train/schedule.hpp>
 
 #include <cmath>
