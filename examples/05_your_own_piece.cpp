@@ -64,10 +64,11 @@ inline std::map<std::string, int> notes;
 template <class Op>
 struct bm::backend<Op, noting> : bm::backend<Op, bm::device::cpu> {
   using inner = bm::backend<Op, bm::device::cpu>;
-  static constexpr auto forward = [](auto const&... arguments) {
+  template <class... Arguments>
+  static void forward(Arguments const&... arguments) {
     ++notes[typeid(Op).name()];
     inner::forward(arguments...);
-  };
+  }
 };
 
 struct config {

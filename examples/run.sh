@@ -46,4 +46,10 @@ if [[ $own_text == no ]]; then
 fi
 
 echo "running on device::cpu, $(nproc) cores" >&2
+own_checkpoint=no
+for argument in "$@"; do
+  if [[ $argument == --checkpoint ]]; then own_checkpoint=yes; fi
+done
+if [[ $own_checkpoint == no ]]; then arguments+=(--checkpoint "$build/quickstart.safetensors"); fi
+
 exec "$build/examples/quickstart" "${arguments[@]}"
