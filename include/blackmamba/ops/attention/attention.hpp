@@ -28,11 +28,11 @@ namespace blackmamba {
 struct attention {
   template <device_policy P, storage T>
   struct inputs {
-    in<P, T, dyn, dyn, dyn, dyn> q;           // (B, L, Hq, dh)   dh even, 2..256; slices of one projection are fine
-    in<P, T, dyn, dyn, dyn, dyn> k;           // (B, L, Hkv, dh)  Hkv divides Hq
-    in<P, T, dyn, dyn, dyn, dyn> v;           // (B, L, Hkv, dh)
+    in<P, T, dyn, dyn, dyn, dyn> q;            // (B, L, Hq, dh)   dh even, 2..256; slices of one projection are fine
+    in<P, T, dyn, dyn, dyn, dyn> k;            // (B, L, Hkv, dh)  Hkv divides Hq
+    in<P, T, dyn, dyn, dyn, dyn> v;            // (B, L, Hkv, dh)
     in<P, std::int64_t, dyn> cu_seqlens = {};  // (S + 1)  optional; B = 1; from 0 to L, non-decreasing
-    float rotary_base = 10000;                // 0: no rotary positions
+    float rotary_base = 10000;                 // 0: no rotary positions
   };
   /// Keys and values of the tokens seen so far. Keys are kept as the scores use them: rotated, then rounded to T.
   template <device_policy P, storage T>
@@ -48,10 +48,9 @@ struct attention {
   };
   /// y (B, L, Hq, dh); may be strided, aliases nothing.
   ///
-  /// With a cache, the L tokens of each sequence are appended to it, and attend over everything that it holds: a prompt
-  /// may come in pieces, and gives the same bits as whole. Tokens that would exceed the capacity: value_error, nothing is changed (cpu;
-  /// on other devices a precondition).
-  /// Scratch: scratch_bytes<T>(B, L, dh, rotary, cached).
+  /// With a cache, the L tokens of each sequence are appended to it, and attend over everything that it holds: a
+  /// prompt may come in pieces, and gives the same bits as whole. Tokens that would exceed the capacity: value_error,
+  /// nothing is changed (cpu; on other devices a precondition). Scratch: scratch_bytes<T>(B, L, dh, rotary, cached).
   template <device_policy P, storage T>
   static void forward(P const& policy, inputs<home<P>, T> const& in, out<P, T, dyn, dyn, dyn, dyn> y,
                       results<home<P>, T> const& keep = {}) {
@@ -62,19 +61,20 @@ struct attention {
     if (cached) check_cache("attention", keep.cache, sequences(batch, in.cu_seqlens), in.k.extent(2), head_dim);
     if (y.size() == 0) return;
     scratch<P> memory(policy, scratch_bytes<T>(batch, length, head_dim, in.rotary_base != 0, cached));
-    auto const tables = allocate_rotary<T>(memory, in.rotary_base != 0 ? (cached ? batch * length : length) : 0, head_dim);
+    auto const tables =
+        allocate_rotary<T>(memory, in.rotary_base != 0 ? (cached ? batch * length : length) : 0, head_dim);
     backend_of<attention, P>::forward(policy, in, y, keep, tables);
   }
 
   template <device_policy P, storage T>
   struct gradient_inputs {
-    in<P, T, dyn, dyn, dyn, dyn> q;             // (B, L, Hq, dh)
-    in<P, T, dyn, dyn, dyn, dyn> k;             // (B, L, Hkv, dh)
-    in<P, T, dyn, dyn, dyn, dyn> v;             // (B, L, Hkv, dh)
-    in<P, T, dyn, dyn, dyn, dyn> y;             // (B, L, Hq, dh)  from forward, without a cache
-    in<P, accum_t<T>, dyn, dyn, dyn> lse;       // (B, Hq, L)      from forward
-    in<P, T, dyn, dyn, dyn, dyn> d_y;           // (B, L, Hq, dh)
-    in<P, std::int64_t, dyn> cu_seqlens = {};   // (S + 1)  optional
+    in<P, T, dyn, dyn, dyn, dyn> q;            // (B, L, Hq, dh)
+    in<P, T, dyn, dyn, dyn, dyn> k;            // (B, L, Hkv, dh)
+    in<P, T, dyn, dyn, dyn, dyn> v;            // (B, L, Hkv, dh)
+    in<P, T, dyn, dyn, dyn, dyn> y;            // (B, L, Hq, dh)  from forward, without a cache
+    in<P, accum_t<T>, dyn, dyn, dyn> lse;      // (B, Hq, L)      from forward
+    in<P, T, dyn, dyn, dyn, dyn> d_y;          // (B, L, Hq, dh)
+    in<P, std::int64_t, dyn> cu_seqlens = {};  // (S + 1)  optional
     float rotary_base = 10000;
   };
   /// Overwritten. They may be slices of one d_qkv; they alias no input.
@@ -104,7 +104,8 @@ struct attention {
     scratch<P> memory(policy, backward_scratch_bytes<T>(batch, length, heads, head_dim, count, in.rotary_base != 0));
     auto const tables = allocate_rotary<T>(memory, in.rotary_base != 0 ? length : 0, head_dim);
     auto const delta = memory.template allocate<accum_t<T>>(batch, heads, length);
-    auto const d_q = memory.template allocate<accum_t<T>>(heads, gradient_rows(batch, length, count), gradient_columns(head_dim));
+    auto const d_q =
+        memory.template allocate<accum_t<T>>(heads, gradient_rows(batch, length, count), gradient_columns(head_dim));
     backend_of<attention, P>::backward(policy, in, grad, tables, delta, d_q);
   }
 
@@ -159,8 +160,8 @@ struct attention {
   };
 
   template <storage T>
-  static constexpr std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t head_dim, bool rotary,
-                                             bool cached) {
+  static constexpr std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t head_dim,
+                                             bool rotary, bool cached) {
     return rotary ? rotary_bytes<T>(cached ? batch * length : length, head_dim) : 0;
   }
   template <storage T>
@@ -174,8 +175,9 @@ struct attention {
   template <storage T>
   static constexpr std::size_t step_scratch_bytes(std::int64_t batch, std::int64_t heads, std::int64_t head_dim,
                                                   std::int64_t capacity) {
-    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(batch * head_dim),
-                       sizeof(accum_t<T>) * static_cast<std::size_t>(batch * heads * step_chunks(capacity) * (head_dim + 2)));
+    return scratch_sum(
+        sizeof(accum_t<T>) * static_cast<std::size_t>(batch * head_dim),
+        sizeof(accum_t<T>) * static_cast<std::size_t>(batch * heads * step_chunks(capacity) * (head_dim + 2)));
   }
 
  private:
@@ -195,24 +197,28 @@ struct attention {
   static std::int64_t sequences(std::int64_t batch, Offsets const& cu_seqlens) {
     return cu_seqlens.present() ? cu_seqlens.extent(0) - 1 : batch;
   }
-  static void check_heads(char const* op, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, float base) {
+  static void check_heads(char const* op, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
+                          float base) {
     check_that(head_dim >= 2 && head_dim <= max_head_dim && head_dim % 2 == 0, op, "head dimension",
                std::to_string(head_dim), "an even number from 2 to " + std::to_string(max_head_dim));
     check_that(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, op, "k",
-               std::to_string(kv_heads) + " key/value heads", "a divisor of the " + std::to_string(heads) + " query heads");
+               std::to_string(kv_heads) + " key/value heads",
+               "a divisor of the " + std::to_string(heads) + " query heads");
     if (!(base >= 0))
-      throw value_error(std::string(op) + ": rotary_base: got " + std::to_string(base) + ", expected a positive number, or 0 for none");
+      throw value_error(std::string(op) + ": rotary_base: got " + std::to_string(base) +
+                        ", expected a positive number, or 0 for none");
   }
   template <class Inputs>
-  static void check_inputs(char const* op, Inputs const& in, std::int64_t batch, std::int64_t length, std::int64_t heads,
-                           std::int64_t head_dim) {
+  static void check_inputs(char const* op, Inputs const& in, std::int64_t batch, std::int64_t length,
+                           std::int64_t heads, std::int64_t head_dim) {
     auto const kv_heads = in.k.extent(2);
     check_heads(op, heads, kv_heads, head_dim, in.rotary_base);
     check_shape(op, "q", in.q, {batch, length, heads, head_dim});
     check_shape(op, "k", in.k, {batch, length, kv_heads, head_dim});
     check_shape(op, "v", in.v, {batch, length, kv_heads, head_dim});
     if (in.cu_seqlens.present()) {
-      check_that(batch == 1, op, "cu_seqlens", "a batch of " + std::to_string(batch) + " rows", "one row of packed sequences");
+      check_that(batch == 1, op, "cu_seqlens", "a batch of " + std::to_string(batch) + " rows",
+                 "one row of packed sequences");
       check_that(in.cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
     }
   }

@@ -9,8 +9,8 @@
 
 namespace blackmamba {
 
-/// Work is divided into (sequence, head, tile of queries or keys); tiles start at the sequence's first position, so that
-/// a sequence's bits depend neither on its neighbours nor on the pieces that it came in.
+/// Work is divided into (sequence, head, tile of queries or keys); tiles start at the sequence's first position, so
+/// that a sequence's bits depend neither on its neighbours nor on the pieces that it came in.
 template <>
 struct backend<attention, device::cpu> {
   using policy_type = device::cpu;
@@ -43,7 +43,8 @@ struct backend<attention, device::cpu> {
       each_tile([&](sequence const& s, std::int64_t head, std::int64_t first, std::int64_t rows) {
         A const* const angles = tables.angles.present() ? tables.angles.row(s.angles) : nullptr;
         std::int64_t const kv_head = head / share;
-        auto const k = cached ? rows_of(held.key, s.index, 0, kv_head) : rows_of(in.k, s.batch, s.first, kv_head, angles);
+        auto const k =
+            cached ? rows_of(held.key, s.index, 0, kv_head) : rows_of(in.k, s.batch, s.first, kv_head, angles);
         auto const v = cached ? rows_of(held.value, s.index, 0, kv_head) : rows_of(in.v, s.batch, s.first, kv_head);
         work.run(rows_of(in.q, s.batch, s.first, head, angles), k, v, first, rows, s.past + first);
         work.write(rows, y.row(s.batch, s.first + first, head), y.stride(1),
@@ -54,8 +55,8 @@ struct backend<attention, device::cpu> {
       for (auto const& s : list) held.length(s.index) += static_cast<std::int32_t>(s.rows);
   }
 
-  /// In one pass over the scores where sequences and heads alone keep the threads busy; else in two, which divide further.
-  /// Both do the same arithmetic in the same order.
+  /// In one pass over the scores where sequences and heads alone keep the threads busy; else in two, which divide
+  /// further. Both do the same arithmetic in the same order.
   template <class T>
   static void backward(policy_type const& policy, attention::gradient_inputs<policy_type, T> const& in,
                        attention::gradients<policy_type, T> const& grad,
@@ -91,7 +92,7 @@ struct backend<attention, device::cpu> {
     }
     if (rotary)
       cpu::parallel_for(policy.threads, batch, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t b = begin; b < end; ++b) fill_angles(held.length(b), head_dim, in.rotary_base, angles.row(b));
+        for (std::int64_t b = begin; b < end; ++b) fill_row(held.length(b), head_dim, in.rotary_base, angles.row(b));
       });
     std::int64_t const chunks = attention::step_chunks(longest);
     cpu::parallel_for(policy.threads, batch * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -114,8 +115,8 @@ struct backend<attention, device::cpu> {
     cpu::parallel_for(policy.threads, batch * heads, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
         std::int64_t const b = task / heads, head = task % heads;
-        attention_tiles::combine_chunks(partial.row(b, 0, head), partial.stride(1), attention::step_chunks(held.length(b) + 1),
-                                        head_dim, y.row(b, head));
+        attention_tiles::combine_chunks(partial.row(b, 0, head), partial.stride(1),
+                                        attention::step_chunks(held.length(b) + 1), head_dim, y.row(b, head));
       }
     });
     for (std::int64_t b = 0; b < batch; ++b) ++held.length(b);
@@ -151,8 +152,8 @@ struct backend<attention, device::cpu> {
           key_gradient(work, in, grad, s, kv_head, key, std::min(attention_tiles::tile, s.rows - key), angles, delta,
                        [&](std::int64_t head, std::int64_t query) { return sums(head) + query * ld; });
         for (std::int64_t head = kv_head * share; head < (kv_head + 1) * share; ++head)
-          attention_tiles::write_query_gradient(sums(head), s.rows, head_dim, angles, grad.d_q.row(s.batch, s.first, head),
-                                                grad.d_q.stride(1));
+          attention_tiles::write_query_gradient(sums(head), s.rows, head_dim, angles,
+                                                grad.d_q.row(s.batch, s.first, head), grad.d_q.stride(1));
       }
     });
   }
@@ -229,8 +230,8 @@ struct backend<attention, device::cpu> {
                              std::int64_t capacity) {
     if (held < 0 || held + more > capacity)
       throw value_error(std::string(op) + ": cache: sequence " + std::to_string(sequence) + " holds " +
-                        std::to_string(held) + " tokens and gets " + std::to_string(more) + ", which exceeds the capacity " +
-                        std::to_string(capacity));
+                        std::to_string(held) + " tokens and gets " + std::to_string(more) +
+                        ", which exceeds the capacity " + std::to_string(capacity));
   }
 
   /// One head of x from row `first` on.
@@ -258,42 +259,53 @@ struct backend<attention, device::cpu> {
       return host_view<T, dyn, dyn, dyn>(data, extents, strides);
   }
 
-  /// Cosines and sines of the angles at one position.
-  template <class To>
-  static void fill_angles(std::int64_t position, std::int64_t head_dim, float base, To* to) {
-    std::int64_t const half = head_dim / 2;
-    for (std::int64_t m = 0; m < half; ++m) {
-      double const angle = static_cast<double>(position) * attention_math::rotary_frequency(m, head_dim, double(base));
-      to[m] = static_cast<To>(std::cos(angle));
-      to[half + m] = static_cast<To>(std::sin(angle));
+  /// The angles at a position are those at its block's first position and those of the step within the block, added:
+  /// what a position gets does not depend on the piece that it came in.
+  static constexpr std::int64_t block = attention::rotary_block;
+  /// Cosines and sines at a position, directly.
+  static void fill_angles(std::int64_t position, std::int64_t head_dim, float base, double* to) {
+    for (std::int64_t m = 0; m < head_dim / 2; ++m) {
+      double const angle = static_cast<double>(position) * attention_math::rotary_frequency(m, head_dim, double{base});
+      to[m] = std::cos(angle);
+      to[head_dim / 2 + m] = std::sin(angle);
     }
   }
-  /// The same for all positions of the sequences: the angle at a multiple of the block, plus a step within the block. What
-  /// a position gets does not depend on where its sequence was cut.
+  template <class A>
+  static void add_angles(double const* block_angles, double const* step, std::int64_t head_dim, A* to) {
+    std::int64_t const half = head_dim / 2;
+    for (std::int64_t m = 0; m < half; ++m) {
+      auto const sum =
+          attention_math::rotate<double>({block_angles[m], block_angles[half + m]}, step[m], step[half + m]);
+      to[m] = static_cast<A>(sum.first);
+      to[half + m] = static_cast<A>(sum.second);
+    }
+  }
+  /// The angles at one position.
+  template <class A>
+  static void fill_row(std::int64_t position, std::int64_t head_dim, float base, A* to) {
+    double block_angles[attention::max_head_dim], step[attention::max_head_dim];
+    fill_angles(position / block * block, head_dim, base, block_angles);
+    fill_angles(position % block, head_dim, base, step);
+    add_angles(block_angles, step, head_dim, to);
+  }
+  /// The angles at all positions of the sequences.
   template <class A>
   static void fill_tables(policy_type const& policy, std::vector<sequence> const& list, float base,
                           host_view<A, dyn, dyn> angles, host_view<double, dyn, dyn> steps) {
-    constexpr std::int64_t block = attention::rotary_block;
-    std::int64_t const head_dim = angles.extent(1), half = head_dim / 2;
+    std::int64_t const head_dim = angles.extent(1);
     cpu::parallel_for(policy.threads, block, 8, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) fill_angles(i, head_dim, base, steps.row(i));
     });
     for (auto const& s : list) {
       std::int64_t const first_block = s.past / block, blocks = (s.past + s.rows + block - 1) / block - first_block;
       cpu::parallel_for(policy.threads, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-        double at[attention::max_head_dim];
+        double block_angles[attention::max_head_dim];
         for (std::int64_t b = first_block + begin; b < first_block + end; ++b) {
-          fill_angles(b * block, head_dim, base, at);
+          fill_angles(b * block, head_dim, base, block_angles);
           std::int64_t const last = std::min((b + 1) * block, s.past + s.rows);
-          for (std::int64_t position = std::max(b * block, s.past); position < last; ++position) {
-            A* const to = angles.row(s.angles + position - s.past);
-            double const* const step = steps.row(position - b * block);
-            for (std::int64_t m = 0; m < half; ++m) {
-              auto const sum = attention_math::rotate<double>({at[m], at[half + m]}, step[m], step[half + m]);
-              to[m] = static_cast<A>(sum.first);
-              to[half + m] = static_cast<A>(sum.second);
-            }
-          }
+          for (std::int64_t position = std::max(b * block, s.past); position < last; ++position)
+            add_angles(block_angles, steps.row(position - b * block), head_dim,
+                       angles.row(s.angles + position - s.past));
         }
       });
     }
@@ -338,10 +350,12 @@ struct backend<attention, device::cpu> {
     });
   }
 
-  /// Calls start(each_tile) on each thread; each_tile(work) calls work(sequence, head, first row, rows) for the thread's
-  /// share of all tiles. A sequence's tiles are taken from both ends in turn, for the mask makes work grow along it.
+  /// Calls start(each_tile) on each thread; each_tile(work) calls work(sequence, head, first row, rows) for the
+  /// thread's share of all tiles. A sequence's tiles are taken from both ends in turn, for the mask makes work grow
+  /// along it.
   template <class Start>
-  static void for_tiles(policy_type const& policy, std::vector<sequence> const& list, std::int64_t heads, Start&& start) {
+  static void for_tiles(policy_type const& policy, std::vector<sequence> const& list, std::int64_t heads,
+                        Start&& start) {
     constexpr std::int64_t tile = attention_tiles::tile;
     std::vector<std::int64_t> offset{0};
     for (auto const& s : list) offset.push_back(offset.back() + heads * ((s.rows + tile - 1) / tile));

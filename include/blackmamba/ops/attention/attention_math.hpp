@@ -18,8 +18,8 @@ namespace blackmamba::attention_math {
 inline constexpr double log2_e = 1.44269504088896340736;
 inline constexpr double ln_2 = 0.69314718055994530942;
 
-/// Rotary positions (Su et al., arXiv 2104.09864, eq. 34) in the half-split order: elements i and i + dh/2 of a head are
-/// one pair, turned by the angle position * rotary_frequency(i).
+/// Rotary positions (Su et al., arXiv 2104.09864, eq. 34) in the half-split order: elements i and i + dh/2 of a head
+/// are one pair, turned by the angle position * rotary_frequency(i).
 BLACKMAMBA_HD inline double rotary_frequency(std::int64_t i, std::int64_t head_dim, double base) {
   return std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
 }

@@ -8,14 +8,15 @@
 #include <cstdint>
 #include <utility>
 
-/// What attention on the host is made of: tiles of rows in the computing type, and small products between them that stay
-/// in registers and the first-level cache.
+/// What attention on the host is made of: tiles of rows in the computing type, and small products between them that
+/// stay in registers and the first-level cache.
 namespace blackmamba::attention_tiles {
 
 /// Rows of queries and of keys that are worked on at a time.
 inline constexpr std::int64_t tile = 64;
 
-/// A product keeps block_rows x 2 packs of results in registers: 16 of the 32 registers of AVX-512, 8 of the 16 elsewhere.
+/// A product keeps block_rows x 2 packs of results in registers: 16 of the 32 registers of AVX-512, 8 of the 16
+/// elsewhere.
 inline constexpr int block_rows = simd::register_bytes == 64 ? 8 : 4;
 template <class A>
 inline constexpr int block_lanes = 2 * simd::width<A>;
@@ -29,12 +30,13 @@ constexpr std::int64_t whole_blocks(std::int64_t rows) { return (rows + block_ro
 /// What a product does with the results' memory: sets it, adds to it, or multiplies its rows by factors and adds.
 enum class start { zero, sum, scaled_sum };
 
-/// c (block_rows, packs) from a (block_rows, depth) b (depth, packs); with Transposed, a is stored (depth, block_rows).
-/// `factor` holds one number for each row, for start::scaled_sum. The index sequences 0, 1, ... block_rows * packs - 1 and
-/// 0, ... packs - 1 unroll every loop over the results, so that these live in registers at any level of optimisation.
+/// c (block_rows, packs) from a (block_rows, depth) b (depth, packs); with Transposed, a is stored (depth,
+/// block_rows). `factor` holds one number for each row, for start::scaled_sum. The index sequences 0, 1, ...
+/// block_rows * packs - 1 and 0, ... packs - 1 unroll every loop over the results, so that these live in registers at
+/// any level of optimisation.
 template <bool Transposed, start Start, class A, std::size_t... I, std::size_t... P>
-BLACKMAMBA_INLINE void product_block(std::int64_t depth, A const* a, std::int64_t lda, A const* b, std::int64_t ldb, A* c,
-                                     std::int64_t ldc, A const* factor, std::index_sequence<I...>,
+BLACKMAMBA_INLINE void product_block(std::int64_t depth, A const* a, std::int64_t lda, A const* b, std::int64_t ldb,
+                                     A* c, std::int64_t ldc, A const* factor, std::index_sequence<I...>,
                                      std::index_sequence<P...>) {
   using V = simd::pack<A>;
   constexpr auto row = [](std::size_t i) { return static_cast<std::int64_t>(i / sizeof...(P)); };
@@ -54,10 +56,10 @@ BLACKMAMBA_INLINE void product_block(std::int64_t depth, A const* a, std::int64_
   (sum[I].store(c + row(I) * ldc + lane(I)), ...);
 }
 template <bool Transposed, start Start, std::size_t Packs, class A>
-BLACKMAMBA_INLINE void product_block(std::int64_t depth, A const* a, std::int64_t lda, A const* b, std::int64_t ldb, A* c,
-                                     std::int64_t ldc, A const* factor) {
-  product_block<Transposed, Start>(depth, a, lda, b, ldb, c, ldc, factor, std::make_index_sequence<block_rows * Packs>{},
-                                   std::make_index_sequence<Packs>{});
+BLACKMAMBA_INLINE void product_block(std::int64_t depth, A const* a, std::int64_t lda, A const* b, std::int64_t ldb,
+                                     A* c, std::int64_t ldc, A const* factor) {
+  product_block<Transposed, Start>(depth, a, lda, b, ldb, c, ldc, factor,
+                                   std::make_index_sequence<block_rows * Packs>{}, std::make_index_sequence<Packs>{});
 }
 
 struct range {
@@ -82,9 +84,9 @@ void score_product(std::int64_t columns, std::int64_t depth, A const* a, std::in
   }
 }
 
-/// Weighted sums of rows: c (rows, columns) (Start) weights b, with the rows of b (depth, columns). The weights are stored
-/// (rows, depth), or (depth, rows) where they are Transposed, with row stride `tile`. For the results from row r on,
-/// depth_at(r) tells the rows of b that have a weight. Whole blocks of rows are written.
+/// Weighted sums of rows: c (rows, columns) (Start) weights b, with the rows of b (depth, columns). The weights are
+/// stored (rows, depth), or (depth, rows) where they are Transposed, with row stride `tile`. For the results from row
+/// r on, depth_at(r) tells the rows of b that have a weight. Whole blocks of rows are written.
 template <start Start, bool Transposed, class A, class DepthAt>
 void weighted_rows(std::int64_t rows, std::int64_t columns, A const* weights, A const* b, std::int64_t ldb, A* c,
                    std::int64_t ldc, A const* factor, DepthAt&& depth_at) {
@@ -96,14 +98,16 @@ void weighted_rows(std::int64_t rows, std::int64_t columns, A const* weights, A 
       A const* const x = b + d.begin * ldb + at;
       std::int64_t const depth = std::max<std::int64_t>(d.end - d.begin, 0);
       if (at + 2 * lanes <= columns)
-        product_block<Transposed, Start, 2>(depth, w, tile, x, ldb, c + r * ldc + at, ldc, factor ? factor + r : nullptr);
+        product_block<Transposed, Start, 2>(depth, w, tile, x, ldb, c + r * ldc + at, ldc,
+                                            factor ? factor + r : nullptr);
       else
-        product_block<Transposed, Start, 1>(depth, w, tile, x, ldb, c + r * ldc + at, ldc, factor ? factor + r : nullptr);
+        product_block<Transposed, Start, 1>(depth, w, tile, x, ldb, c + r * ldc + at, ldc,
+                                            factor ? factor + r : nullptr);
     }
 }
 
-/// One head's row of dh elements times `factor`, turned by the angles (dh/2 cosines, then dh/2 sines; null: not turned).
-/// Inverse turns back. x and y may be the same.
+/// One head's row of dh elements times `factor`, turned by the angles (dh/2 cosines, then dh/2 sines; null: not
+/// turned). Inverse turns back. x and y may be the same.
 template <bool Inverse, class A, class From, class To>
 BLACKMAMBA_INLINE void rotate_row(From const* x, std::int64_t head_dim, A const* angles, A factor, To* y) {
   using V = simd::pack<A>;
@@ -131,11 +135,11 @@ struct head_rows {
   accum_t<T> const* angles = nullptr;
 };
 
-/// Copies `rows` rows, turned and multiplied by `factor`, to a tile with row stride ld = whole_packs(dh); what completes
-/// the last block of rows, and the columns past dh, become zero.
+/// Copies `rows` rows, turned and multiplied by `factor`, to a tile with row stride ld = whole_packs(dh); what
+/// completes the last block of rows, and the columns past dh, become zero.
 template <class T>
-void load_tile(head_rows<T> const& from, std::int64_t first, std::int64_t rows, std::int64_t head_dim, accum_t<T> factor,
-               accum_t<T>* to) {
+void load_tile(head_rows<T> const& from, std::int64_t first, std::int64_t rows, std::int64_t head_dim,
+               accum_t<T> factor, accum_t<T>* to) {
   using A = accum_t<T>;
   std::int64_t const ld = whole_packs<A>(head_dim);
   for (std::int64_t r = 0; r < rows; ++r) {

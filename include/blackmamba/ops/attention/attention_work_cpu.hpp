@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-/// What one thread does in attention on the host: the results of one tile of queries, the gradients of one tile of queries
-/// or keys, one chunk of a step. Each object owns the memory of its tiles and is used for tile after tile.
+/// What one thread does in attention on the host: the results of one tile of queries, the gradients of one tile of
+/// queries or keys, one chunk of a step. Each object owns the memory of its tiles and is used for tile after tile.
 namespace blackmamba::attention_tiles {
 
 /// Scores leave the product in units of log 2: queries carry this factor.
@@ -23,8 +23,8 @@ struct causal {
   std::int64_t first_seeing(std::int64_t j) const { return std::max<std::int64_t>(j - ahead, 0); }
 };
 
-/// A tile of queries against all keys that they see: scores are held transposed, (keys, queries), so that the softmax over
-/// keys runs down the lanes.
+/// A tile of queries against all keys that they see: scores are held transposed, (keys, queries), so that the softmax
+/// over keys runs down the lanes.
 template <class A>
 class forward_tile {
   using V = simd::pack<A>;
@@ -57,11 +57,14 @@ class forward_tile {
       causal const mask{position - key, std::min(tile, position + rows - key)};
       load_tile(k, key, mask.keys, head_dim_, A(1), keys_);
       load_tile(v, key, mask.keys, head_dim_, A(1), values_);
-      score_product<A>(columns, head_dim_, keys_, ld_, queries_, scores_,
-                       [&](std::int64_t i) { return range{0, mask.seen_by(i + block_lanes<A> - 1)}; });
+      score_product<A>(columns, head_dim_, keys_, ld_, queries_, scores_, [&](std::int64_t i) {
+        return range{0, mask.seen_by(i + block_lanes<A> - 1)};
+      });
       for (std::int64_t i = 0; i < columns; i += V::lanes) add_keys(mask, i);
       weighted_rows<start::scaled_sum, true, A>(rows, ld_, scores_, values_, ld_, sums_, ld_, factor_,
-                                          [&](std::int64_t i) { return range{0, mask.seen_by(i + block_rows - 1)}; });
+                                                [&](std::int64_t i) {
+                                                  return range{0, mask.seen_by(i + block_rows - 1)};
+                                                });
     }
   }
 
@@ -75,8 +78,8 @@ class forward_tile {
   }
 
  private:
-  /// Moves the softmax of one pack of queries, from i on, over the keys of a tile: scores become weights, and factor_ tells
-  /// what earlier sums are worth. Keys that a query does not see get weight zero.
+  /// Moves the softmax of one pack of queries, from i on, over the keys of a tile: scores become weights, and factor_
+  /// tells what earlier sums are worth. Keys that a query does not see get weight zero.
   void add_keys(causal const& mask, std::int64_t i) {
     std::int64_t const all_see = mask.seen_by(i), any_sees = mask.seen_by(i + V::lanes - 1);
     V const limit = lane_numbers<V>() + V(mask.ahead + i);
@@ -156,8 +159,9 @@ class query_gradient_tile {
         }
         for (std::int64_t j = any_sees; j < mask.keys; ++j) V(0).store(scores_ + j * tile + i);
       }
-      weighted_rows<start::sum, true, A>(rows, ld_, scores_, keys_, ld_, sums_, ld_, nullptr,
-                                   [&](std::int64_t i) { return range{0, mask.seen_by(i + block_rows - 1)}; });
+      weighted_rows<start::sum, true, A>(rows, ld_, scores_, keys_, ld_, sums_, ld_, nullptr, [&](std::int64_t i) {
+        return range{0, mask.seen_by(i + block_rows - 1)};
+      });
     }
   }
 
@@ -170,8 +174,8 @@ class query_gradient_tile {
   A *queries_, *d_y_, *keys_, *values_, *sums_, *scores_, *d_scores_, *lse_, *delta_;
 };
 
-/// d_k and d_v of a tile of keys: sums over all queries that see them; where wanted, with what the keys give to d_q, in the
-/// same arithmetic as in query_gradient_tile. Scores (queries, keys).
+/// d_k and d_v of a tile of keys: sums over all queries that see them; where wanted, with what the keys give to d_q,
+/// in the same arithmetic as in query_gradient_tile. Scores (queries, keys).
 template <class A>
 class key_gradient_tile {
   using V = simd::pack<A>;
@@ -267,9 +271,9 @@ void write_query_gradient(A const* sums, std::int64_t rows, std::int64_t head_di
                      d_q + r * stride);
 }
 
-/// One query of every head against a chunk of keys. The chunk's keys and values are read once, in the order in which they
-/// lie in the cache: all heads of a position, then the next position. What a head gets is a partial sum: dh weighted
-/// values, maximum, total.
+/// One query of every head against a chunk of keys. The chunk's keys and values are read once, in the order in which
+/// they lie in the cache: all heads of a position, then the next position. What a head gets is a partial sum: dh
+/// weighted values, maximum, total.
 template <class A>
 class step_work {
   using V = simd::pack<A>;
@@ -316,7 +320,8 @@ class step_work {
     std::fill_n(sums_, heads_ * ld_, A(0));
     for (std::int64_t j = 0; j < keys; j += group)
       for (std::int64_t h = 0; h < heads_; ++h)
-        add_values(scores_ + h * chunk_ + j, v.row(j, h / share_), v.stride(0), std::min(group, keys - j), sums_ + h * ld_);
+        add_values(scores_ + h * chunk_ + j, v.row(j, h / share_), v.stride(0), std::min(group, keys - j),
+                   sums_ + h * ld_);
     for (std::int64_t h = 0; h < heads_; ++h) std::copy_n(sums_ + h * ld_, head_dim_, partial.row(h));
   }
 
@@ -352,7 +357,8 @@ class step_work {
       add_packs(weights, v + d, stride, keys, sums + d, indices<packs>{});
     simd::for_packs<V::lanes>(head_dim_ - d, [&](std::int64_t i, auto lanes) {
       V sum = V::load(sums + d + i);
-      for (std::int64_t j = 0; j < keys; ++j) sum = fma(V(weights[j]), simd::load<V>(v + j * stride + d + i, lanes), sum);
+      for (std::int64_t j = 0; j < keys; ++j)
+        sum = fma(V(weights[j]), simd::load<V>(v + j * stride + d + i, lanes), sum);
       sum.store(sums + d + i);
     });
   }
