@@ -32,18 +32,19 @@ struct sinkhorn_report {
 /// where tokens are many.)
 ///
 /// Mode sound (entropic optimal transport, Cuturi 2013, with the rows eliminated): a pass makes the rows exact by a
-/// max-shifted softmax and takes the fixed-point step g_j += log(1/E) - log(c_j), or a Newton step on the concave dual once
-/// the error is below 1/2; the result stops when max_j |E c_j - 1| <= tolerance. It starts from the offset that comes in (the
-/// previous step's makes one or two passes enough; zeros are a cold start, and so is an offset that is not finite). The
-/// result does not depend on constants added to a row, nor is there an epsilon. The tolerance is not taken below 8 units of
-/// rounding of the largest |g_j| + 1.
+/// max-shifted softmax and takes the fixed-point step g_j += log(1/E) - log(c_j), or a safeguarded Newton step on the
+/// concave dual (see math::sinkhorn_progress); the loop stops when max_j |E c_j - 1| <= tolerance. It starts from the offset
+/// that comes in: the previous step's makes one or two passes enough; zeros are a cold start, and so is an offset that is
+/// not finite. The result does not depend on constants added to a row, nor is there an epsilon. The tolerance is not
+/// taken below 8 units of rounding of 1 + max_j |g_j|.
 ///
 /// Modes reference and ones (BlackMamba, arXiv 2402.01771, section 3, and its released code) for parity, in A:
 ///   K_ij = e^(beta x_ij);  d1_j = 1 / (E sum_i K_ij), or 1;  repeat  d0_i = (1/M) / (sum_j K_ij d1_j + 1e-8),
 ///   d1_j = (1/E) / (sum_i K_ij d0_i + 1e-8)  until  mean_j |d1_j - previous d1_j| <= tolerance;   g = log d1.
-/// The incoming offset is not read. That stop rule is no statement about balance: with the published initial value d1 is so
-/// small that it holds after one pass for M >= 2048, whatever balance was reached; read the report. Logits above 44 overflow
-/// (float): then d1 is not a number, as published, and the error is infinite.
+/// The incoming offset is not read. That stop rule is no statement about balance: with the published initial value d1 is
+/// so small that it holds after one pass, as a rule, where tokens are many, whatever balance was reached; epsilon in turn
+/// makes the loop crawl on shifted or widespread logits. Read the report. Logits above 44 overflow in float: then d1 is
+/// not a number, as published, and the error is infinite.
 ///
 /// A row with a logit that is not finite has no vote in any mode, and is counted; M above is the number of voting rows.
 /// Without any the offset stays (sound) or is zero, and the error is 0.

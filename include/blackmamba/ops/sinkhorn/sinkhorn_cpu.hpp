@@ -331,8 +331,8 @@ struct backend<sinkhorn, device::cpu> {
     rebase(sweeps, s, e);
 
     math::sinkhorn_progress progress{how.fixed_passes > 0 ? -1.0 : how.tolerance > 0 ? how.tolerance : 1e-3,
-                                     how.fixed_passes > 0 ? how.fixed_passes : how.max_passes,
-                                     how.newton && e <= sinkhorn::newton_experts ? 0.5 : 0.0};
+                                     how.fixed_passes > 0 ? how.fixed_passes : how.max_passes};
+    if (!how.newton || e > sinkhorn::newton_experts) progress.newton_below = 0;
     double const tolerance = progress.tolerance;
     double error = 0;
     std::int64_t stride = sweeps.sample_stride();
@@ -342,6 +342,7 @@ struct backend<sinkhorn, device::cpu> {
       // A step that gains little may owe that to its sample of the rows.
       if (progress.trial && !(error < progress.saved_error / 4)) stride = 1;
       auto next = progress.next(error);
+      if (progress.reach == 0) stride = 1;
       if (next == action::stop) break;
       if (next == action::stop_at_saved || next == action::fixed_point_from_saved) {
         std::copy_n(s.saved_g, e, s.g);
@@ -359,10 +360,10 @@ struct backend<sinkhorn, device::cpu> {
         sweeps.pair_sweep(s.w, s.s, stride);
         for (std::int64_t j = 0; j < e; ++j) s.step[j] = 1 / static_cast<double>(e) - s.marginal[j];
         if (math::sinkhorn_newton_step(e, s.s, s.step)) {
-          for (std::int64_t j = 0; j < e; ++j) s.g[j] += s.step[j];
+          double const part = math::sinkhorn_damping(e, s.step, progress.reach);
+          for (std::int64_t j = 0; j < e; ++j) s.g[j] += part * s.step[j];
         } else {
-          progress.give_up_newton();
-          stride = 1;
+          progress.refuse_newton();
           next = action::fixed_point;
         }
       }

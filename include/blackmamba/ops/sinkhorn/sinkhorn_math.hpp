@@ -75,31 +75,55 @@ BLACKMAMBA_HD inline bool sinkhorn_newton_step(std::int64_t n, double* s, double
     double sum = d[k];
     for (std::int64_t j = k + 1; j < n; ++j) sum += s[k * n + j] * d[j];
     d[k] = sum / s[k * n + k];
-    if (!(abs(d[k]) < 1e4)) return false;
+    if (!(abs(d[k]) < 1e300)) return false;
   }
   return true;
 }
 
-/// What the iteration does next, told from the error that a sweep has found: the safeguard around Newton's step.
+/// Part of Newton's step to take: all of it where offsets move by no more than `reach` against each other, and beyond that
+/// reach + log(1 + range - reach) of the range. Third derivatives of a log-sum-exp are bounded by the range of a step times its
+/// second derivatives (Bach, "Self-concordant analysis for logistic regression", 2010, section 2): with reach 0 this
+/// is the damping at which Newton's method rises from any start.
+BLACKMAMBA_HD inline double sinkhorn_damping(std::int64_t n, double const* d, double reach) {
+  double low = 0, high = 0;
+  for (std::int64_t k = 0; k < n; ++k) {
+    low = min(low, d[k]);
+    high = max(high, d[k]);
+  }
+  double const range = high - low;
+  return range > reach ? (reach + log1p(range - reach)) / range : 1.0;
+}
+
+/// What the iteration does next, told from the error that a sweep has found.
 ///
-/// Newton's step is tried once the error is below newton_below (1/2: further out it is no better than the fixed point). A
-/// trial that does not reduce the error is taken back, the fixed-point step is made from where it started, and the next trial
-/// waits until the error has halved. So the error never stays above what the fixed-point iteration alone would reach.
+/// Fixed-point steps lead from a cold start into the neighbourhood of the solution; Newton's step is tried once the error
+/// is below 1/2 (further out it is no better). Where they get stuck, as they do with few tokens and large logits, fully
+/// damped Newton steps take over, which rise from any start.
+/// A trial that does not reduce the error is taken back, and the fixed-point step is made from where it started; from then
+/// on Newton's steps are fully damped. Those may raise the error for a while (what they raise is the dual) but not tenfold:
+/// a trial that does is taken back too, and the next one waits until the error has halved.
 struct sinkhorn_progress {
   enum class action { stop, stop_at_saved, fixed_point, fixed_point_from_saved, newton };
 
-  double tolerance;      ///< stop at this error; negative: never
-  std::int32_t limit;    ///< stop after so many steps
-  double newton_below;   ///< 0: no Newton steps
+  double tolerance;              ///< stop at this error; negative: never
+  std::int32_t limit;            ///< stop after so many steps
+  double newton_below = 0.5;     ///< Newton's step is tried below this error; 0: never
+  double reach = 2;              ///< see sinkhorn_damping; 0: fully damped
   std::int32_t passes = 0;
-  double saved_error = INFINITY;  ///< of the offset before the trial
+  double saved_error = INFINITY;  ///< of the offset that the trial started from
+  double last_error = INFINITY;
   bool trial = false;
 
   BLACKMAMBA_HD action next(double error) {
-    bool const worse = trial && !(error < saved_error);
+    bool const worse = trial && !(error < (reach > 0 ? saved_error : 10 * saved_error));
+    if (worse) refuse_newton();
+    if (!worse && !trial && newton_below > 0 && error > 0.9 * last_error) {
+      reach = 0;
+      newton_below = INFINITY;
+    }
     trial = false;
-    if (worse) newton_below = saved_error / 2;
-    if (passes >= limit || (!worse && error <= tolerance)) return worse ? action::stop_at_saved : action::stop;
+    last_error = worse ? saved_error : error;
+    if (passes >= limit || last_error <= tolerance) return worse ? action::stop_at_saved : action::stop;
     ++passes;
     if (worse) return action::fixed_point_from_saved;
     if (!(error < newton_below)) return action::fixed_point;
@@ -107,10 +131,13 @@ struct sinkhorn_progress {
     saved_error = error;
     return action::newton;
   }
-  /// The Newton equation has no solution: the fixed-point step is made in its place.
-  BLACKMAMBA_HD void give_up_newton() {
+  /// Newton's step did harm, or its equation has no solution.
+  BLACKMAMBA_HD void refuse_newton() {
     trial = false;
-    newton_below = saved_error / 2;
+    if (reach > 0)
+      reach = 0;
+    else
+      newton_below = saved_error / 2;
   }
 };
 
