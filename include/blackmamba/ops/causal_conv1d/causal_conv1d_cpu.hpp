@@ -25,11 +25,11 @@ struct backend<causal_conv1d, device::cpu> {
       for_tiles<V::lanes>(policy, list, y.extent(2), [&](block const& at, std::int64_t channel, auto lanes) {
         taps<V, K> const w(in.weight, in.bias, channel, lanes);
         auto const input = inputs_of<V, T>(in, at, channel, lanes);
-        V window[K];
-        for (int k = 1; k < K; ++k) window[k] = input(at.begin - K + k);
+        window<V, K> past;
+        for (int k = 1; k < K; ++k) past[k] = input(at.begin - K + k);
         for (std::int64_t t = at.begin; t < at.end; ++t) {
-          shift(window, input(t));
-          V const p = w.apply(window);
+          shift(past, input(t));
+          V const p = w.apply(past);
           simd::store(in.silu ? math::silu(p) : p, y.row(at.of.batch, at.of.first + t) + channel, lanes);
         }
         if (final_state.present() && at.last())
@@ -56,19 +56,20 @@ struct backend<causal_conv1d, device::cpu> {
       for_tiles<V::lanes>(policy, list, channels, [&](block const& at, std::int64_t channel, auto lanes) {
         taps<V, K> const w(in.weight, in.bias, channel, lanes);
         auto const input = inputs_of<V, T>(in, at, channel, lanes);
-        V window[K], g[K], d_weight[K], d_bias = 0;
+        window<V, K> past, g, d_weight;
+        V d_bias = 0;
         for (int k = 0; k < K; ++k) g[k] = d_weight[k] = 0;
-        for (int k = 1; k < K; ++k) window[k] = input(at.begin - K + k);
+        for (int k = 1; k < K; ++k) past[k] = input(at.begin - K + k);
         std::int64_t const length = at.of.length;
         for (std::int64_t t = at.begin; t < at.end + K - 1; ++t) {
           V d_p = 0;
           if (t < length) {
-            shift(window, input(t));
+            shift(past, input(t));
             d_p = simd::load<V>(in.d_y.row(at.of.batch, at.of.first + t) + channel, lanes);
-            if (in.silu) d_p *= math::silu_derivative(w.apply(window));
+            if (in.silu) d_p *= math::silu_derivative(w.apply(past));
           }
           if (t < at.end) {
-            for (int k = 0; k < K; ++k) d_weight[k] = fma(d_p, window[k], d_weight[k]);
+            for (int k = 0; k < K; ++k) d_weight[k] = fma(d_p, past[k], d_weight[k]);
             d_bias += d_p;
           }
           shift(g, d_p);
@@ -114,11 +115,11 @@ struct backend<causal_conv1d, device::cpu> {
           simd::for_packs<V::lanes>(std::min(tile, channels - first), [&](std::int64_t i, auto lanes) {
             std::int64_t const channel = first + i;
             taps<V, K> const w(in.weight, in.bias, channel, lanes);
-            V window[K];
-            for (int k = 0; k + 1 < K; ++k) window[k] = simd::load<V>(state.row(b, k) + channel, lanes);
-            window[K - 1] = simd::load<V>(in.x.row(b) + channel, lanes);
-            for (int k = 0; k + 1 < K; ++k) simd::store(window[k + 1], state.row(b, k) + channel, lanes);
-            V const p = w.apply(window);
+            window<V, K> past;
+            for (int k = 0; k + 1 < K; ++k) past[k] = simd::load<V>(state.row(b, k) + channel, lanes);
+            past[K - 1] = simd::load<V>(in.x.row(b) + channel, lanes);
+            for (int k = 0; k + 1 < K; ++k) simd::store(past[k + 1], state.row(b, k) + channel, lanes);
+            V const p = w.apply(past);
             simd::store(in.silu ? math::silu(p) : p, y.row(b) + channel, lanes);
           });
         }
@@ -131,10 +132,14 @@ struct backend<causal_conv1d, device::cpu> {
   static constexpr std::int64_t steps = 64;  // of a forward task
   static constexpr std::int64_t tile = 64;   // channels of a task
 
+  /// K packs, oldest first.
+  template <class V, int K>
+  using window = V[std::size_t{K}];
+
   /// The taps and the bias of a pack of channels.
   template <class V, int K>
   struct taps {
-    V weight[K];
+    window<V, K> weight;
     V bias = 0;
 
     template <class Weight, class Bias, class Lanes>
@@ -148,17 +153,17 @@ struct backend<causal_conv1d, device::cpu> {
       }
       if (b.present()) bias = simd::load<V>(b.data() + channel, lanes);
     }
-    V apply(V const (&window)[K]) const {
+    V apply(window<V, K> const& past) const {
       V p = bias;
-      for (int k = 0; k < K; ++k) p = fma(weight[k], window[k], p);
+      for (int k = 0; k < K; ++k) p = fma(weight[k], past[k], p);
       return p;
     }
   };
 
   template <class V, std::size_t K>
-  static void shift(V (&window)[K], V newest) {
-    for (std::size_t k = 0; k + 1 < K; ++k) window[k] = window[k + 1];
-    window[K - 1] = newest;
+  static void shift(V (&past)[K], V newest) {
+    for (std::size_t k = 0; k + 1 < K; ++k) past[k] = past[k + 1];
+    past[K - 1] = newest;
   }
 
   /// input(t) of a sequence; before its beginning the initial state or zeros.
