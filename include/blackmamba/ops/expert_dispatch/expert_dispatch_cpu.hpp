@@ -13,26 +13,26 @@ struct backend<expert_dispatch, device::cpu> {
 
   static void plan(device::cpu const& policy, host_view<std::int32_t const, dyn, dyn> expert, routing const& to,
                    std::int64_t capacity, host_view<std::int64_t, dyn, dyn> counts) {
-    std::int64_t const slots = expert.size(), experts = to.offsets.extent(0) - 1, k = expert.extent(1);
+    std::int64_t const slots = expert.size(), experts = to.offsets.extent(0) - 1;
     constexpr std::int64_t chunk = expert_dispatch::slots_per_chunk;
-    auto const each_slot = [&](std::int64_t c, auto&& body) {
+    /// Calls body(slot that the run begins with, experts of its slots, their number) for the runs of a chunk's slots.
+    auto const each_run = [&](std::int64_t c, auto&& body) {
       std::int64_t const begin = c * chunk, end = std::min(begin + chunk, slots);
-      if (expert.contiguous())
-        for (std::int64_t s = begin; s < end; ++s) body(s, expert.data()[s]);
-      else
-        for (std::int64_t s = begin; s < end; ++s) body(s, expert(s / k, s % k));
+      if (expert.contiguous()) return body(begin, expert.data() + begin, end - begin);
+      std::int32_t copy[run_length];
+      for (std::int64_t s = begin; s < end; s += run_length) {
+        std::int64_t const n = std::min(run_length, end - s), k = expert.extent(1);
+        for (std::int64_t i = 0; i < n; ++i) copy[i] = expert((s + i) / k, (s + i) % k);
+        body(s, copy, n);
+      }
     };
 
-    cpu::parallel_for(policy.threads, counts.extent(0), 1, [&](std::int64_t begin, std::int64_t end) {
+    cpu::parallel_for(policy.threads, counts.extent(0), 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t c = begin; c < end; ++c) {
-        std::int64_t* const count = counts.row(c);
-        std::fill_n(count, experts, 0);
-        each_slot(c, [&](std::int64_t s, std::int32_t e) {
-          if (e >= 0 && e < experts)
-            ++count[e];
-          else if (e != -1)
-            throw value_error("expert_dispatch.plan: expert: slot " + std::to_string(s) + " has expert " +
-                              std::to_string(e) + ", expected -1 or 0 to " + std::to_string(experts - 1));
+        std::fill_n(counts.row(c), experts, 0);
+        each_run(c, [&](std::int64_t first, std::int32_t const* e, std::int64_t n) {
+          check(first, e, n, experts);
+          ranks_of<false>(experts, counts.row(c), e, n, [](std::int64_t, std::int32_t, std::int64_t) {});
         });
       }
     });
@@ -51,18 +51,30 @@ struct backend<expert_dispatch, device::cpu> {
     }
     to.offsets(experts) = row;
 
-    cpu::parallel_for(policy.threads, counts.extent(0), 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t c = begin; c < end; ++c) {
-        std::int64_t* const next = counts.row(c);
-        each_slot(c, [&](std::int64_t s, std::int32_t e) {
-          std::int64_t const r = e < 0 ? 0 : next[e]++;
-          bool const kept = e >= 0 && r < to.offsets(e + 1);
-          to.row(s) = kept ? static_cast<std::int32_t>(r) : -1;
-          if (kept) to.source(r) = static_cast<std::int32_t>(s);
+    std::int32_t* const row_of = to.row.data();
+    std::int32_t* const source = to.source.data();
+    std::int64_t const* const end_of = to.offsets.data() + 1;
+    cpu::parallel_for(policy.threads, counts.extent(0), 4, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t c = begin; c < end; ++c)
+        each_run(c, [&](std::int64_t first, std::int32_t const* e, std::int64_t n) {
+          auto const place = [&](std::int64_t i, std::int64_t r) {
+            row_of[first + i] = static_cast<std::int32_t>(r);
+            source[r] = static_cast<std::int32_t>(first + i);
+          };
+          std::int32_t lowest = 0;
+          for (std::int64_t i = 0; i < n; ++i) lowest = std::min(lowest, e[i]);
+          if (capacity == 0 && lowest >= 0)
+            return ranks_of<true>(experts, counts.row(c), e, n,
+                                  [&](std::int64_t i, std::int32_t, std::int64_t r) { place(i, r); });
+          ranks_of<false>(experts, counts.row(c), e, n, [&](std::int64_t i, std::int32_t which, std::int64_t r) {
+            if (which >= 0 && r < end_of[which])
+              place(i, r);
+            else
+              row_of[first + i] = -1;
+          });
         });
-      }
     });
-    std::fill_n(to.source.data() + row, slots - row, -1);
+    std::fill_n(source + row, slots - row, -1);
   }
 
   template <class T>
@@ -120,6 +132,40 @@ struct backend<expert_dispatch, device::cpu> {
   }
 
  private:
+  static constexpr std::int64_t run_length = 255;
+
+  static void check(std::int64_t first, std::int32_t const* e, std::int64_t n, std::int64_t experts) {
+    std::int32_t lowest = -1, highest = -1;
+    for (std::int64_t i = 0; i < n; ++i) {
+      lowest = std::min(lowest, e[i]);
+      highest = std::max(highest, e[i]);
+    }
+    if (lowest == -1 && highest < experts) return;
+    for (std::int64_t i = 0; i < n; ++i)
+      if (e[i] < -1 || e[i] >= experts)
+        throw value_error("expert_dispatch.plan: expert: slot " + std::to_string(first + i) + " has expert " +
+                          std::to_string(e[i]) + ", expected -1 or 0 to " + std::to_string(experts - 1));
+  }
+  /// Calls body(i, e[i], next[e[i]]++) for each slot of a run in order; without an expert, the third is of no meaning.
+  template <bool AllRouted, class Body>
+  static void ranks_of(std::int64_t experts, std::int64_t* next, std::int32_t const* e, std::int64_t n, Body&& body) {
+    if (experts > 8) {
+      for (std::int64_t i = 0; i < n; ++i) body(i, e[i], AllRouted || e[i] >= 0 ? next[e[i]]++ : 0);
+      return;
+    }
+    // Up to 8 experts: a byte of one register counts for each of them, which no slot has to wait for; before a byte can
+    // overflow, the counts go to next.
+    for (std::int64_t start = 0; start < n; start += run_length) {
+      std::uint64_t seen = 0;
+      for (std::int64_t i = start; i < std::min(start + run_length, n); ++i) {
+        auto const shift = static_cast<unsigned>(e[i]) * 8 % 64;
+        body(i, e[i], next[AllRouted || e[i] >= 0 ? e[i] : 0] + static_cast<std::int64_t>(seen >> shift & 0xff));
+        seen += static_cast<std::uint64_t>(AllRouted || e[i] >= 0) << shift;
+      }
+      for (std::int64_t j = 0; j < experts; ++j) next[j] += static_cast<std::int64_t>(seen >> (8 * j) & 0xff);
+    }
+  }
+
   /// Rows of this width that are worth a thread's while.
   static std::int64_t grain(std::int64_t width) { return std::max<std::int64_t>(1, 16384 / std::max<std::int64_t>(width, 1)); }
 
