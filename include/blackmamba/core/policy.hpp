@@ -47,10 +47,10 @@ struct dry {
 
 /// A value that names a memory space and may carry a workspace.
 template <class P>
-concept device_policy = std::copyable<P> && requires(P p) {
+concept device_policy = requires(P p) {
   typename P::memory_space;
   { p.workspace } -> std::convertible_to<arena<typename P::memory_space>*>;
-};
+} && std::copyable<P>;
 
 /// The implementation of operator Op under policy P. Left undefined here; an operator's sibling files (and a user's own
 /// policies) specialise it.
