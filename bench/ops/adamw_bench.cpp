@@ -1,5 +1,5 @@
-/// One step of AdamW and the gradient's norm as a share of a plain copy in this program. Bytes: a step reads four arrays
-/// and writes three (and the copy, where there is one); the norm reads one.
+/// One step of AdamW and the gradient's norm as a share of a plain copy in this program. Bytes: a step reads four
+/// arrays and writes three (and the copy, where there is one); the norm reads one.
 #include <blackmamba/ops/adamw/adamw.hpp>
 
 #include "support/bandwidth.hpp"

@@ -1,5 +1,5 @@
-/// Gated activations as a share of a plain copy in this program: bytes are those of the operands and results, each once.
-/// identity multiplies and nothing else: what the others lose to it is the price of their function.
+/// Gated activations as a share of a plain copy in this program: bytes are those of the operands and results, each
+/// once. identity multiplies and nothing else: what the others lose to it is the price of their function.
 #include <blackmamba/ops/gated_activation/gated_activation.hpp>
 
 #include "support/bandwidth.hpp"
@@ -25,7 +25,8 @@ struct problem {
   auto up() const { return projection.columns(y.extent(1), y.extent(1)); }
   template <class F>
   void measure(benchmark::State& state, double arrays, F&& f) const {
-    double const floor = bench::stream_rate(1, std::max<std::int64_t>(y.size(), 1 << 16), cpu::thread_count(policy.threads));
+    double const floor =
+        bench::stream_rate(1, std::max<std::int64_t>(y.size(), 1 << 16), cpu::thread_count(policy.threads));
     bench::measure(state, arrays * sizeof(T) * static_cast<double>(y.size()), "of_copy", floor, f);
   }
 };
@@ -41,8 +42,8 @@ void backward(benchmark::State& state) {
   auto const d = zeros<T>(p.policy, p.y.extent(0), 2 * p.y.extent(1));
   auto const d_gate = d.columns(0, p.y.extent(1)), d_up = d.columns(p.y.extent(1), p.y.extent(1));
   p.measure(state, 5, [&] {
-    gated_activation::backward<Activation, device::cpu, T>(
-        p.policy, {.gate = p.gate(), .up = p.up(), .d_y = p.y}, {.d_gate = d_gate, .d_up = d_up});
+    gated_activation::backward<Activation, device::cpu, T>(p.policy, {.gate = p.gate(), .up = p.up(), .d_y = p.y},
+                                                           {.d_gate = d_gate, .d_up = d_up});
   });
 }
 

@@ -1,5 +1,5 @@
-/// rms_norm and layer_norm, with the fused residual add, as a share of a plain copy in this program: bytes are those of the
-/// operands and results, each once.
+/// rms_norm and layer_norm, with the fused residual add, as a share of a plain copy in this program: bytes are those of
+/// the operands and results, each once.
 #include <blackmamba/ops/layer_norm/layer_norm.hpp>
 #include <blackmamba/ops/rms_norm/rms_norm.hpp>
 
@@ -20,16 +20,25 @@ struct problem {
   tensor<space::host, A, dyn> weight, bias, rstd, mean;
 
   explicit problem(benchmark::State const& state)
-      : rows(state.range(0)), width(state.range(1)), policy{.threads = static_cast<int>(state.range(2))},
-        x(zeros<T>(policy, rows, width)), y(zeros<T>(policy, rows, width)), residual(zeros<A>(policy, rows, width)),
-        sum(zeros<A>(policy, rows, width)), d_s(zeros<A>(policy, rows, width)), weight(zeros<A>(policy, width)),
-        bias(zeros<A>(policy, width)), rstd(zeros<A>(policy, rows)), mean(zeros<A>(policy, rows)) {
+      : rows(state.range(0)),
+        width(state.range(1)),
+        policy{.threads = static_cast<int>(state.range(2))},
+        x(zeros<T>(policy, rows, width)),
+        y(zeros<T>(policy, rows, width)),
+        residual(zeros<A>(policy, rows, width)),
+        sum(zeros<A>(policy, rows, width)),
+        d_s(zeros<A>(policy, rows, width)),
+        weight(zeros<A>(policy, width)),
+        bias(zeros<A>(policy, width)),
+        rstd(zeros<A>(policy, rows)),
+        mean(zeros<A>(policy, rows)) {
     for (std::int64_t i = 0; i < x.size(); ++i) x.data()[i] = convert<T>(static_cast<float>(i % 101) * 0.02f - 1.0f);
   }
   /// Times f, which reads or writes a tensor of T and one of A as often as said.
   template <class F>
   void measure(benchmark::State& state, double of_t, double of_a, F&& f) const {
-    double const floor = bench::stream_rate(1, std::max<std::int64_t>(x.size(), 1 << 16), cpu::thread_count(policy.threads));
+    double const floor =
+        bench::stream_rate(1, std::max<std::int64_t>(x.size(), 1 << 16), cpu::thread_count(policy.threads));
     bench::measure(state, (of_t * sizeof(T) + of_a * sizeof(A)) * static_cast<double>(x.size()), "of_copy", floor, f);
   }
 };

@@ -6,8 +6,8 @@ using namespace blackmamba;
 
 namespace {
 
-/// x rounded to nearest even among the numbers with `digits` significant bits, exponents from `lowest` and `largest` as the
-/// last finite one: the definition of a storage type, in double.
+/// x rounded to nearest even among the numbers with `digits` significant bits, exponents from `lowest` and `largest` as
+/// the last finite one: the definition of a storage type, in double.
 double nearest(double x, int digits, int lowest, double largest) {
   if (std::isnan(x) || std::isinf(x) || x == 0) return x;
   int const exponent = std::max(std::ilogb(x), lowest);
@@ -36,9 +36,7 @@ struct half_format {
 };
 
 /// The same number, and zeros with the same sign; or both NaN.
-bool same(double a, double b) {
-  return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b);
-}
+bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b); }
 
 template <class Format>
 void check_rounding(float x, std::int64_t& wrong) {
@@ -46,14 +44,15 @@ void check_rounding(float x, std::int64_t& wrong) {
   double const expected = Format::round(static_cast<double>(x));
   if (!same(static_cast<double>(static_cast<float>(stored)), expected)) {
     ++wrong;
-    CHECK_MESSAGE(wrong > 3, static_cast<double>(x) << " becomes " << static_cast<float>(stored) << ", expected " << expected);
+    CHECK_MESSAGE(wrong > 3, static_cast<double>(x)
+                                 << " becomes " << static_cast<float>(stored) << ", expected " << expected);
   }
 }
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("numeric: all 65,536 patterns of a 16-bit type widen to their value and come back", Format, bfloat16_format,
-                   half_format) {
+TEST_CASE_TEMPLATE("numeric: all 65,536 patterns of a 16-bit type widen to their value and come back", Format,
+                   bfloat16_format, half_format) {
   std::int64_t wrong = 0;
   for (std::uint32_t pattern = 0; pattern < 65536; ++pattern) {
     typename Format::type x;

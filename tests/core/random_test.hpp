@@ -84,14 +84,16 @@ TEST_CASE("random: uniform numbers lie inside (0, 1) and fill it evenly") {
   CHECK(inside);
   double const expected = static_cast<double>(n) / static_cast<double>(bins);
   double chi_square = 0;
-  for (auto c : count) chi_square += (static_cast<double>(c) - expected) * (static_cast<double>(c) - expected) / expected;
+  for (auto c : count)
+    chi_square += (static_cast<double>(c) - expected) * (static_cast<double>(c) - expected) / expected;
   CHECK(chi_square < 63 + 5 * std::sqrt(2.0 * 63));
   CHECK(random.uniform(5, -2.0f, 6.0f) == -2.0f + 8.0f * random.uniform(5));
 }
 TEST_CASE("random: moments of the normal distribution") {
   philox const random(4);
   std::int64_t const n = 1 << 20;
-  auto const m = moments_of([&](std::int64_t i) { return static_cast<double>(random.normal(static_cast<std::uint64_t>(i))); }, n);
+  auto const m =
+      moments_of([&](std::int64_t i) { return static_cast<double>(random.normal(static_cast<std::uint64_t>(i))); }, n);
   double const deviation = 1 / std::sqrt(static_cast<double>(n));
   CHECK(std::abs(m.mean) < 5 * deviation);
   CHECK(std::abs(m.variance - 1) < 5 * std::sqrt(2.0) * deviation);

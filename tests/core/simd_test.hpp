@@ -15,16 +15,14 @@ constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
 constexpr double smallest_normal = 0x1p-126;
 
 /// Distance of neighbouring floats at |y|.
-double ulp(double y) {
-  return std::abs(y) < smallest_normal ? 0x1p-149 : std::ldexp(1.0, std::ilogb(y) - 23);
-}
+double ulp(double y) { return std::abs(y) < smallest_normal ? 0x1p-149 : std::ldexp(1.0, std::ilogb(y) - 23); }
 
 struct domain {
   float low, high;
 };
 
-/// Largest error of f in units in the last place over a walk through all floats in the domain, and where. A result that is
-/// too small to be normal need only be as small.
+/// Largest error of f in units in the last place over a walk through all floats in the domain, and where. A result that
+/// is too small to be normal need only be as small.
 template <class F, class Reference>
 void check_ulp(std::string const& name, F f, Reference reference, domain over, double bound) {
   double worst = 0;
@@ -43,7 +41,8 @@ void check_ulp(std::string const& name, F f, Reference reference, domain over, d
     for (std::size_t i = 0; i < pack::size; ++i) {
       double const expected = reference(static_cast<double>(x[i]));
       double const difference = std::abs(static_cast<double>(y[i]) - expected);
-      double const error = std::abs(expected) < smallest_normal ? difference / smallest_normal : difference / ulp(expected);
+      double const error =
+          std::abs(expected) < smallest_normal ? difference / smallest_normal : difference / ulp(expected);
       if (!(error <= worst)) {
         worst = error;
         at = x[i];
@@ -69,7 +68,8 @@ bool is(float a, float b) { return std::bit_cast<std::uint32_t>(a) == std::bit_c
 
 TEST_CASE("simd: exp within 2 ulp, exact at the ends") {
   auto const f = [](pack x) { return exp(x); };
-  check_ulp("exp", f, [](double x) { return std::exp(x); }, {-87.3f, 88.722831f}, 2);
+  check_ulp(
+      "exp", f, [](double x) { return std::exp(x); }, {-87.3f, 88.722831f}, 2);
   CHECK(at(f, 0.0f) == 1);
   CHECK(at(f, -0.0f) == 1);
   CHECK(at(f, 0x1p-149f) == 1);
@@ -83,7 +83,8 @@ TEST_CASE("simd: exp within 2 ulp, exact at the ends") {
 }
 TEST_CASE("simd: exp2 within 2 ulp, exact at integers") {
   auto const f = [](pack x) { return exp2(x); };
-  check_ulp("exp2", f, [](double x) { return std::exp2(x); }, {-126.0f, 127.99999f}, 2);
+  check_ulp(
+      "exp2", f, [](double x) { return std::exp2(x); }, {-126.0f, 127.99999f}, 2);
   for (int n = -126; n < 128; ++n) CHECK(at(f, static_cast<float>(n)) == std::ldexp(1.0f, n));
   CHECK(at(f, 128.0f) == infinity);
   CHECK(at(f, infinity) == infinity);
@@ -93,7 +94,8 @@ TEST_CASE("simd: exp2 within 2 ulp, exact at integers") {
 }
 TEST_CASE("simd: log within 1 ulp, subnormal numbers included") {
   auto const f = [](pack x) { return log(x); };
-  check_ulp("log", f, [](double x) { return std::log(x); }, {0x1p-149f, 3.4028235e38f}, 1);
+  check_ulp(
+      "log", f, [](double x) { return std::log(x); }, {0x1p-149f, 3.4028235e38f}, 1);
   CHECK(is(at(f, 1.0f), 0.0f));
   CHECK(at(f, 0.0f) == -infinity);
   CHECK(at(f, -0.0f) == -infinity);
@@ -106,7 +108,8 @@ TEST_CASE("simd: log1p within 2 ulp") {
   auto const f = [](pack x) { return log1p(x); };
   auto const reference = [](double x) { return std::log1p(x); };
   check_ulp("log1p", f, reference, {-0.99999994f, 3.4028235e38f}, 2);
-  check_ulp("log1p_unit", [](pack x) { return log1p_unit(x); }, reference, {0.0f, 1.0f}, 2);
+  check_ulp(
+      "log1p_unit", [](pack x) { return log1p_unit(x); }, reference, {0.0f, 1.0f}, 2);
   CHECK(at(f, 0.0f) == 0);
   CHECK(at(f, 0x1p-149f) == 0x1p-149f);
   CHECK(at(f, -1.0f) == -infinity);
@@ -116,7 +119,8 @@ TEST_CASE("simd: log1p within 2 ulp") {
 }
 TEST_CASE("simd: erf within 3 ulp") {
   auto const f = [](pack x) { return erf(x); };
-  check_ulp("erf", f, [](double x) { return std::erf(x); }, {-3.4e38f, 3.4e38f}, 3);
+  check_ulp(
+      "erf", f, [](double x) { return std::erf(x); }, {-3.4e38f, 3.4e38f}, 3);
   CHECK(is(at(f, 0.0f), 0.0f));
   CHECK(is(at(f, -0.0f), -0.0f));
   CHECK(at(f, infinity) == 1);
@@ -127,8 +131,10 @@ TEST_CASE("simd: the normal distribution within 8 ulp far into its tail, its den
   double const root_half = std::sqrt(0.5), root_two_pi = std::sqrt(2 * 3.14159265358979323846);
   auto const cdf = [](pack x) { return normal_cdf(x); };
   auto const pdf = [](pack x) { return normal_pdf(x); };
-  check_ulp("normal_cdf", cdf, [=](double x) { return 0.5 * std::erfc(-x * root_half); }, {-3.4e38f, 3.4e38f}, 8);
-  check_ulp("normal_pdf", pdf, [=](double x) { return std::exp(-0.5 * x * x) / root_two_pi; }, {-3.4e38f, 3.4e38f}, 3);
+  check_ulp(
+      "normal_cdf", cdf, [=](double x) { return 0.5 * std::erfc(-x * root_half); }, {-3.4e38f, 3.4e38f}, 8);
+  check_ulp(
+      "normal_pdf", pdf, [=](double x) { return std::exp(-0.5 * x * x) / root_two_pi; }, {-3.4e38f, 3.4e38f}, 3);
   CHECK(at(cdf, 0.0f) == 0.5f);
   CHECK(is(at(cdf, -infinity), 0.0f));
   CHECK(at(cdf, infinity) == 1);
@@ -138,7 +144,8 @@ TEST_CASE("simd: the normal distribution within 8 ulp far into its tail, its den
 }
 TEST_CASE("simd: sqrt is correctly rounded") {
   auto const f = [](pack x) { return sqrt(x); };
-  check_ulp("sqrt", f, [](double x) { return std::sqrt(x); }, {0.0f, 3.4028235e38f}, 0.500001);
+  check_ulp(
+      "sqrt", f, [](double x) { return std::sqrt(x); }, {0.0f, 3.4028235e38f}, 0.500001);
   CHECK(is(at(f, -0.0f), -0.0f));
   CHECK(at(f, infinity) == infinity);
   CHECK(std::isnan(at(f, -1.0f)));
@@ -152,10 +159,14 @@ TEST_CASE("math: sigmoid, silu and softplus within 3 ulp, gelu within 8") {
   auto const sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
   auto const softplus = [](double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); };
   auto const gelu = [=](double x) { return 0.5 * x * std::erfc(-x * root_half); };
-  check_ulp("sigmoid", [](pack x) { return math::sigmoid(x); }, sigmoid, {-87.3f, 3.4e38f}, 3);
-  check_ulp("silu", [](pack x) { return math::silu(x); }, [=](double x) { return x * sigmoid(x); }, {-80.0f, 3.4e38f}, 3);
-  check_ulp("softplus", [](pack x) { return math::softplus(x); }, softplus, {-87.3f, 3.4e38f}, 3);
-  check_ulp("gelu", [](pack x) { return math::gelu(x); }, gelu, {-12.9f, 3.4e38f}, 8);
+  check_ulp(
+      "sigmoid", [](pack x) { return math::sigmoid(x); }, sigmoid, {-87.3f, 3.4e38f}, 3);
+  check_ulp(
+      "silu", [](pack x) { return math::silu(x); }, [=](double x) { return x * sigmoid(x); }, {-80.0f, 3.4e38f}, 3);
+  check_ulp(
+      "softplus", [](pack x) { return math::softplus(x); }, softplus, {-87.3f, 3.4e38f}, 3);
+  check_ulp(
+      "gelu", [](pack x) { return math::gelu(x); }, gelu, {-12.9f, 3.4e38f}, 8);
 
   CHECK(at([](pack x) { return math::sigmoid(x); }, -infinity) == 0);
   CHECK(at([](pack x) { return math::sigmoid(x); }, infinity) == 1);
@@ -179,7 +190,8 @@ TEST_CASE("math: derivatives equal central differences, packs equal scalars") {
       double const numeric = (8 * (f(x + h) - f(x - h)) - (f(x + 2 * h) - f(x - 2 * h))) / (12 * h);
       CHECK_MESSAGE(std::abs(derivative(x) - numeric) < 1e-10, name << " at " << x);
       float const single = static_cast<float>(x);
-      CHECK(std::abs(static_cast<double>(derivative(pack(single))[0]) - derivative(static_cast<double>(single))) < 3e-7);
+      CHECK(std::abs(static_cast<double>(derivative(pack(single))[0]) - derivative(static_cast<double>(single))) <
+            3e-7);
       CHECK(std::abs(static_cast<double>(derivative(single)) - derivative(static_cast<double>(single))) < 3e-7);
       CHECK(std::abs(derivative(simd::pack<double>(x))[1] - derivative(x)) < 1e-15);
     }

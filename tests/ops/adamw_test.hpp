@@ -25,7 +25,8 @@ void reference_step(state& s, test::values const& gradient, double norm, std::ve
       double const g = gradient[i] * clip, rate = o.learning_rate * group.learning_rate_scale;
       s.first_moment[i] = o.beta1 * s.first_moment[i] + (1 - o.beta1) * g;
       s.second_moment[i] = o.beta2 * s.second_moment[i] + (1 - o.beta2) * g * g;
-      double const m = s.first_moment[i] / (1 - std::pow(o.beta1, t)), v = s.second_moment[i] / (1 - std::pow(o.beta2, t));
+      double const m = s.first_moment[i] / (1 - std::pow(o.beta1, t)),
+                   v = s.second_moment[i] / (1 - std::pow(o.beta2, t));
       s.parameter[i] -= rate * (m / (std::sqrt(v) + o.eps) + group.weight_decay * s.parameter[i]);
     }
 }
@@ -221,7 +222,8 @@ TEST_CASE("adamw: scratch is exact") {
   CHECK(measure.peak() == adamw::scratch_bytes(1 << 20));
 }
 TEST_CASE("adamw: shapes, groups and options that do not fit are named") {
-  auto const four = zeros<float>(make_policy(), 4), five = zeros<float>(make_policy(), 5), one = zeros<float>(make_policy(), 1);
+  auto const four = zeros<float>(make_policy(), 4), five = zeros<float>(make_policy(), 5),
+             one = zeros<float>(make_policy(), 1);
   auto const message = [&](auto const& gradient, auto const& norm, std::vector<adamw::group> const& groups,
                            adamw::options const& o) {
     return test::message_of<error>([&] {

@@ -36,7 +36,8 @@ result reference(problem const& p) {
     double largest = -infinity;
     long double sum = 0;  // thousands of roundings of double would show
     for (std::size_t j = 0; j < static_cast<std::size_t>(p.classes); ++j) largest = std::max(largest, logit(j));
-    for (std::size_t j = 0; j < static_cast<std::size_t>(p.classes); ++j) sum += std::exp(static_cast<long double>(logit(j)) - static_cast<long double>(largest));
+    for (std::size_t j = 0; j < static_cast<std::size_t>(p.classes); ++j)
+      sum += std::exp(static_cast<long double>(logit(j)) - static_cast<long double>(largest));
     r.lse.push_back(largest + static_cast<double>(std::log(sum)));
     r.row_loss.push_back(r.lse.back() - logit(static_cast<std::size_t>(p.target[i])));
     r.loss += r.row_loss.back();
@@ -144,7 +145,8 @@ TEST_CASE("cross_entropy: extreme logits") {
   p.target[1] = 1;  // the target itself is masked out
   CHECK(run<float>(p).row_loss[1] == infinity);
 }
-TEST_CASE_TEMPLATE("cross_entropy: a NaN, +inf or nothing but -inf makes the loss NaN, in whatever lane", T, STORAGE_TYPES) {
+TEST_CASE_TEMPLATE("cross_entropy: a NaN, +inf or nothing but -inf makes the loss NaN, in whatever lane", T,
+                   STORAGE_TYPES) {
   for (std::int64_t classes : {1, 16, 37, 1500})
     for (std::int64_t column : {std::int64_t{0}, classes / 2, classes - 1})
       for (double bad : {std::numeric_limits<double>::quiet_NaN(), infinity}) {
@@ -208,7 +210,8 @@ TEST_CASE("cross_entropy: takes strided rows, writes the gradient over the logit
   auto const logits = padded.columns(0, 21);
   auto const target = test::upload<std::int32_t>(p.target, 6);
   auto const loss = test::poisoned<float>(1), lse = test::poisoned<float>(6);
-  cross_entropy::forward<test_policy, float>(make_policy(), {.logits = logits, .target = target}, {.loss = loss, .lse = lse});
+  cross_entropy::forward<test_policy, float>(make_policy(), {.logits = logits, .target = target},
+                                             {.loss = loss, .lse = lse});
   auto const whole = run<float>(p);
   CHECK(test::download(loss)[0] == whole.loss);
   test::check_equal(test::download(lse), whole.lse, "lse");
@@ -234,13 +237,15 @@ TEST_CASE("cross_entropy: shapes and targets that do not fit are named") {
                                                      {.loss = one});
         }) == "cross_entropy: target: got (2), expected (3)");
   CHECK(test::message_of<shape_error>([&] {
-          cross_entropy::forward<test_policy, float>(make_policy(), {.logits = logits, .target = target}, {.loss = two});
+          cross_entropy::forward<test_policy, float>(make_policy(), {.logits = logits, .target = target},
+                                                     {.loss = two});
         }) == "cross_entropy: loss: got (2), expected (1)");
   CHECK(test::message_of<shape_error>([&] {
           cross_entropy::backward(make_policy(), {.logits = logits, .target = target, .lse = two}, logits.as_view());
         }) == "cross_entropy.backward: lse: got (2), expected (3)");
   if constexpr (std::is_same_v<test::test_space, space::host>)  // elsewhere the target is not looked at by the host
     CHECK(test::message_of<value_error>([&] {
-            cross_entropy::forward<test_policy, float>(make_policy(), {.logits = logits, .target = target}, {.loss = one});
+            cross_entropy::forward<test_policy, float>(make_policy(), {.logits = logits, .target = target},
+                                                       {.loss = one});
           }) == "cross_entropy: target: position 1 holds 4, but there are 4 classes");
 }

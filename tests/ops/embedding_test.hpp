@@ -36,7 +36,8 @@ test::values run_backward(test::values const& token, test::values const& d_y, te
 }
 /// The definition, in A, position by position: what backward must give to the last bit.
 template <class A>
-test::values reference_backward(test::values const& token, test::values const& d_y, test::values d_table, std::int64_t width) {
+test::values reference_backward(test::values const& token, test::values const& d_y, test::values d_table,
+                                std::int64_t width) {
   auto const w = static_cast<std::size_t>(width);
   for (std::size_t r = 0; r < token.size(); ++r)
     for (std::size_t i = 0; i < w; ++i) {
@@ -103,20 +104,22 @@ TEST_CASE("embedding: the gradient equals central differences") {
   test::values const token{2, 0, 2, 1};
   auto const table = test::random_normal(3 * 5, 1), d_y = test::random_normal(4 * 5, 2);
   auto const gradient = run_backward<double>(token, d_y, test::values(15, 0.0), 3, 5);
-  test::check_gradient([&](test::values const& v) { return test::weighted_sum(run<double>(token, v, 3, 5), d_y); }, table,
-                       gradient, "d_table");
+  test::check_gradient([&](test::values const& v) { return test::weighted_sum(run<double>(token, v, 3, 5), d_y); },
+                       table, gradient, "d_table");
 }
 TEST_CASE("embedding: the same bits for any number of threads") {
   std::int64_t const rows = 3000, vocabulary = 40, width = 200;
   auto const token = random_tokens(rows, vocabulary);
-  auto const d_y = test::random_normal(rows * width, 1), none = test::values(static_cast<std::size_t>(vocabulary * width), 0.0);
+  auto const d_y = test::random_normal(rows * width, 1),
+             none = test::values(static_cast<std::size_t>(vocabulary * width), 0.0);
   auto const one = run_backward<float>(token, d_y, none, vocabulary, width);
   if constexpr (requires(test_policy t) { t.threads; })
     for (int threads : {1, 2, 5}) {
       test_policy policy = make_policy();
       policy.threads = threads;
       test::check_equal(run_backward<float>(token, d_y, none, vocabulary, width, policy), one, "d_table");
-      test::check_equal(run<float>(token, none, vocabulary, width, policy), run<float>(token, none, vocabulary, width), "y");
+      test::check_equal(run<float>(token, none, vocabulary, width, policy), run<float>(token, none, vocabulary, width),
+                        "y");
     }
 }
 TEST_CASE("embedding: takes and gives strided rows") {
@@ -132,8 +135,10 @@ TEST_CASE("embedding: takes and gives strided rows") {
   auto const after = test::download(table);
   for (std::size_t v = 0; v < 6; ++v)
     for (std::size_t i = 0; i < 20; ++i)
-      CHECK(after[v * 20 + i] ==
-            static_cast<double>(static_cast<float>(from[v * 20 + i] * (i < 3 || i > 6 ? 1 : v == 0 ? 2 : v == 5 ? 3 : 1))));
+      CHECK(after[v * 20 + i] == static_cast<double>(static_cast<float>(from[v * 20 + i] * (i < 3 || i > 6 ? 1
+                                                                                            : v == 0       ? 2
+                                                                                            : v == 5       ? 3
+                                                                                                           : 1))));
 }
 TEST_CASE("embedding: scratch is exact") {
   using dry = device::dry<test_policy>;
@@ -149,8 +154,9 @@ TEST_CASE("embedding: shapes and tokens that do not fit are named") {
   auto y = test::upload<float>(test::values(12, 7.0), 4, 3);
   CHECK(test::message_of<shape_error>([&] { embedding::forward(make_policy(), token, table, y.slice(0, 3)); }) ==
         "embedding: token: got (4), expected (3)");
-  CHECK(test::message_of<shape_error>([&] { embedding::forward(make_policy(), token, table.columns(0, 2), y.as_view()); }) ==
-        "embedding: table: got (9, 2), expected (-1, 3)");
+  CHECK(test::message_of<shape_error>([&] {
+          embedding::forward(make_policy(), token, table.columns(0, 2), y.as_view());
+        }) == "embedding: table: got (9, 2), expected (-1, 3)");
   if constexpr (std::is_same_v<test::test_space, space::host>) {  // elsewhere the token is not looked at by the host
     CHECK(test::message_of<value_error>([&] { embedding::forward(make_policy(), token, table, y.as_view()); }) ==
           "embedding: token: position 2 holds -2, but the vocabulary has 9 entries");

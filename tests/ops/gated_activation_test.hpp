@@ -20,10 +20,7 @@ struct squared_relu {
   static float max(float a, float b) { return a > b ? a : b; }
   static double max(double a, double b) { return a > b ? a : b; }
   template <class X>
-    requires(!std::is_arithmetic_v<X>)
-  static X max(X a, X b) {
-    return select(a > b, a, b);
-  }
+  requires(!std::is_arithmetic_v<X>) static X max(X a, X b) { return select(a > b, a, b); }
 };
 
 /// The definitions, in double.
@@ -62,7 +59,8 @@ gradients run_backward(test::values const& gate, test::values const& up, test::v
   auto const g = test::upload<T>(gate, rows, width), dy = test::upload<T>(d_y, rows, width);
   auto d_gate = test::poisoned<T>(rows, width), d_up = test::poisoned<T>(rows, width);
   if (up.empty()) {
-    gated_activation::backward<Activation, test_policy, T>(policy, {.gate = g, .up = {}, .d_y = dy}, {.d_gate = d_gate});
+    gated_activation::backward<Activation, test_policy, T>(policy, {.gate = g, .up = {}, .d_y = dy},
+                                                           {.d_gate = d_gate});
     return {test::download(d_gate), {}};
   }
   auto const u = test::upload<T>(up, rows, width);
@@ -91,14 +89,18 @@ void check_gradients() {
   auto const gate = test::random_normal(rows * width, 1, 2.0);
   auto const up = test::random_normal(rows * width, 2);
   auto const d_y = test::random_normal(rows * width, 3);
-  auto const loss_of_gate = [&](test::values const& v) { return test::weighted_sum(reference<Activation>(v, up), d_y); };
-  auto const loss_of_up = [&](test::values const& v) { return test::weighted_sum(reference<Activation>(gate, v), d_y); };
+  auto const loss_of_gate = [&](test::values const& v) {
+    return test::weighted_sum(reference<Activation>(v, up), d_y);
+  };
+  auto const loss_of_up = [&](test::values const& v) {
+    return test::weighted_sum(reference<Activation>(gate, v), d_y);
+  };
   auto const g = run_backward<Activation, double>(gate, up, d_y, rows, width);
   test::check_gradient(loss_of_gate, gate, g.d_gate, "d_gate");
   test::check_gradient(loss_of_up, up, g.d_up, "d_up");
   auto const plain = run_backward<Activation, double>(gate, {}, d_y, rows, width);
-  test::check_gradient([&](test::values const& v) { return test::weighted_sum(reference<Activation>(v, {}), d_y); }, gate,
-                       plain.d_gate, "d_gate without up");
+  test::check_gradient([&](test::values const& v) { return test::weighted_sum(reference<Activation>(v, {}), d_y); },
+                       gate, plain.d_gate, "d_gate without up");
 
   auto const single = run_backward<Activation, float>(gate, up, d_y, rows, width);
   test::check_close(single.d_gate, g.d_gate, 4 * test::tolerance<float>(), "d_gate in float");
@@ -170,12 +172,14 @@ TEST_CASE("gated_activation: the same bits for any number of threads") {
 }
 TEST_CASE("gated_activation: shapes that disagree are named") {
   auto const x = zeros<float>(make_policy(), 3, 4), y = zeros<float>(make_policy(), 3, 5);
-  CHECK(test::message_of<shape_error>([&] { gated_activation::forward<activation::silu>(make_policy(), y, x, x.as_view()); }) ==
-        "gated_activation: gate: got (3, 5), expected (3, 4)");
-  CHECK(test::message_of<shape_error>([&] { gated_activation::forward<activation::silu>(make_policy(), x, y, x.as_view()); }) ==
-        "gated_activation: up: got (3, 5), expected (3, 4)");
   CHECK(test::message_of<shape_error>([&] {
-          gated_activation::backward<activation::silu, test_policy, float>(make_policy(), {.gate = x, .up = x, .d_y = x},
-                                                                           {.d_gate = x});
+          gated_activation::forward<activation::silu>(make_policy(), y, x, x.as_view());
+        }) == "gated_activation: gate: got (3, 5), expected (3, 4)");
+  CHECK(test::message_of<shape_error>([&] {
+          gated_activation::forward<activation::silu>(make_policy(), x, y, x.as_view());
+        }) == "gated_activation: up: got (3, 5), expected (3, 4)");
+  CHECK(test::message_of<shape_error>([&] {
+          gated_activation::backward<activation::silu, test_policy, float>(
+              make_policy(), {.gate = x, .up = x, .d_y = x}, {.d_gate = x});
         }) == "gated_activation.backward: d_up: got no view, expected a view, as up");
 }

@@ -15,7 +15,11 @@ struct result {
 };
 
 problem random_problem(std::int64_t rows, std::int64_t width) {
-  return {rows, width, test::random_normal(rows * width, 1), test::random_normal(width, 2), test::random_normal(width, 3),
+  return {rows,
+          width,
+          test::random_normal(rows * width, 1),
+          test::random_normal(width, 2),
+          test::random_normal(width, 3),
           test::random_normal(rows * width, 4, 3.0)};
 }
 
@@ -60,7 +64,8 @@ double scale_of_d_s(problem const& p, result const& r, test::values const& d_y) 
 /// An uploaded tensor, or an absent view.
 template <class T, class... Ints>
 auto upload_if(test::values const& v, Ints... extents) {
-  return v.empty() ? tensor<test::test_space, T, (static_cast<void>(extents), dyn)...>{} : test::upload<T>(v, extents...);
+  return v.empty() ? tensor<test::test_space, T, (static_cast<void>(extents), dyn)...>{}
+                   : test::upload<T>(v, extents...);
 }
 
 template <class T>
@@ -96,8 +101,8 @@ gradients run_backward(problem const& p, result const& forward, test::values con
   auto const start = test::values(static_cast<std::size_t>(p.width), initial);
   auto d_weight = test::upload<A>(start, p.width), d_bias = test::upload<A>(start, p.width);
   layer_norm::backward<test_policy, T, S>(
-      policy, {.sum = sum, .rstd = rstd, .mean = mean, .weight = weight, .d_y = dy, .d_residual = through}, d_s, d_weight,
-      d_bias);
+      policy, {.sum = sum, .rstd = rstd, .mean = mean, .weight = weight, .d_y = dy, .d_residual = through}, d_s,
+      d_weight, d_bias);
   return {test::download(d_s), test::download(d_weight), test::download(d_bias)};
 }
 
@@ -142,7 +147,8 @@ TEST_CASE_TEMPLATE("layer_norm: equals its definition at every size and type", T
           auto const actual = run<T>(q);
           test::check_close_at_scale(actual.y, expected.y, scale_of_y(q, expected), test::tolerance<T>(width), "y");
           test::check_close(actual.sum, expected.sum, test::tolerance<A>(), "sum");
-          test::check_close_at_scale(actual.mean, expected.mean, largest(expected.sum), test::tolerance<A>(width), "mean");
+          test::check_close_at_scale(actual.mean, expected.mean, largest(expected.sum), test::tolerance<A>(width),
+                                     "mean");
           test::check_close(actual.rstd, expected.rstd, test::tolerance<A>(width) * scale_of_rstd(q, expected), "rstd");
         }
     }
@@ -159,8 +165,8 @@ TEST_CASE_TEMPLATE("layer_norm: backward equals its formulas at every type, wher
       auto const d_y = test::rounded<T>(test::random_normal(rows * width, 5));
       auto const forward = reference(p);
       auto const expected = reference_backward(p, forward, d_y, 2.0);
-      for (auto const& actual : {run_backward<T, T>(p, forward, d_y, {}, 2.0),
-                                 run_backward<T, accum_t<T>>(p, forward, d_y, {}, 2.0)}) {
+      for (auto const& actual :
+           {run_backward<T, T>(p, forward, d_y, {}, 2.0), run_backward<T, accum_t<T>>(p, forward, d_y, {}, 2.0)}) {
         test::check_close_at_scale(actual.d_s, expected.d_s, scale_of_d_s(p, forward, d_y), test::tolerance<T>(width),
                                    "d_s");
         test::check_close(actual.d_weight, expected.d_weight, test::tolerance<accum_t<T>>(rows), "d_weight");
@@ -249,9 +255,8 @@ TEST_CASE("layer_norm: takes strided rows, works in place, keeps only what is as
   auto const rstd = test::upload<float>(expected.rstd, rows), mean = test::upload<float>(expected.mean, rows);
   auto const d_weight = zeros<float>(make_policy(), width);
   layer_norm::backward<test_policy, float, float>(
-      make_policy(),
-      {.sum = residual, .rstd = rstd, .mean = mean, .weight = weight, .d_y = dy, .d_residual = in_place}, in_place,
-      d_weight);
+      make_policy(), {.sum = residual, .rstd = rstd, .mean = mean, .weight = weight, .d_y = dy, .d_residual = in_place},
+      in_place, d_weight);
   test::check_equal(test::download(in_place), separate.d_s, "d_s");
   test::check_equal(test::download(d_weight), separate.d_weight, "d_weight");
 }
@@ -261,7 +266,8 @@ TEST_CASE("layer_norm: scratch is exact") {
   auto const x = zeros<float>(make_policy(), 130, 48);
   auto const w = zeros<float>(make_policy(), 48), r = zeros<float>(make_policy(), 130);
   using dry = device::dry<test_policy>;
-  layer_norm::backward<dry, float, float>(dry{&measure}, {.sum = x, .rstd = r, .mean = r, .weight = w, .d_y = x}, x, w, w);
+  layer_norm::backward<dry, float, float>(dry{&measure}, {.sum = x, .rstd = r, .mean = r, .weight = w, .d_y = x}, x, w,
+                                          w);
   CHECK(measure.peak() == layer_norm::scratch_bytes<float>(130, 48));
   CHECK(measure.used() == 0);
 }

@@ -13,7 +13,8 @@ namespace blackmamba {
 /// in double and rounds to float, so it is equal but for a rare last bit.
 class philox {
  public:
-  BLACKMAMBA_HD constexpr explicit philox(std::uint64_t seed, std::uint64_t stream = 0) : seed_(seed), stream_(stream) {}
+  BLACKMAMBA_HD constexpr explicit philox(std::uint64_t seed, std::uint64_t stream = 0)
+      : seed_(seed), stream_(stream) {}
 
   /// The cipher itself: replaces the 128-bit counter by 128 random bits under the key.
   BLACKMAMBA_HD static constexpr void block(std::uint32_t (&counter)[4], std::uint32_t key0, std::uint32_t key1) {

@@ -6,11 +6,11 @@
 
 /// Elementary functions of packs, found by argument-dependent lookup where core/math.hpp's scalar functions are not.
 ///
-/// In float they are polynomials over a reduced range; each states its largest error in units in the last place (ulp) of
-/// the true result, which tests/core/simd_test.hpp holds. NaN gives NaN. Results below the normal numbers are flushed to
-/// zero where said. Functions named in_range are right there alone; elsewhere they give any number, which their callers
-/// select away. In double they are the standard library's, lane by lane: double serves references and gradient
-/// checks.
+/// In float they are polynomials over a reduced range; each states its largest error in units in the last place (ulp)
+/// of the true result, which tests/core/simd_test.hpp holds. NaN gives NaN. Results below the normal numbers are
+/// flushed to zero where said. Functions named in_range are right there alone; elsewhere they give any number, which
+/// their callers select away. In double they are the standard library's, lane by lane: double serves references and
+/// gradient checks.
 namespace blackmamba::simd {
 
 namespace detail {
@@ -41,7 +41,7 @@ BLACKMAMBA_INLINE pack<float, N> exp2_in_range(pack<float, N> x) {
   V const shifted = x + round_to_integer;
   V const r = x - (shifted - round_to_integer);
   V const p = polynomial(r, 1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f, 5.550332471e-2f, 2.402264791e-1f,
-                             6.931472028e-1f, 1.0f);
+                         6.931472028e-1f, 1.0f);
   return as_float<N>(as_int(p) + (as_int(shifted) << 23));
 }
 /// x = n ln 2 + remainder with the integer n in the low bits of `shifted`.
@@ -70,8 +70,8 @@ template <int N>
 BLACKMAMBA_INLINE pack<float, N> exp_in_range(pack<float, N> x) {
   return exp_reduction<N>(x).value();
 }
-/// e^(-x^2 / 2) for |x| <= 13.2. The square is split in an exact head and a small rest, for its rounding would be 87 times
-/// as large in the result.
+/// e^(-x^2 / 2) for |x| <= 13.2. The square is split in an exact head and a small rest, for its rounding would be 87
+/// times as large in the result.
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> exp_minus_half_square(pack<float, N> x) {
   using V = pack<float, N>;
@@ -84,7 +84,7 @@ BLACKMAMBA_INLINE pack<float, N> exp_minus_half_square(pack<float, N> x) {
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> scaled_normal_tail(pack<float, N> t) {
   return polynomial(t, 5.415083433e-5f, 1.160373431e-4f, -3.399113193e-4f, -9.841826977e-4f, 2.904702676e-3f,
-                        6.132183131e-3f, -4.621331394e-2f, 1.232250184e-1f, -2.064026147e-1f, 1.215139478e-1f);
+                    6.132183131e-3f, -4.621331394e-2f, 1.232250184e-1f, -2.064026147e-1f, 1.215139478e-1f);
 }
 
 #if defined(__SSE2__)
@@ -115,7 +115,8 @@ inline constexpr bool has_register_sqrt = false;
 #endif
 }  // namespace detail
 
-/// Square root, correctly rounded. A loop over std::sqrt would not become one instruction, because std::sqrt sets errno.
+/// Square root, correctly rounded. A loop over std::sqrt would not become one instruction, because std::sqrt sets
+/// errno.
 template <class T, int N>
 BLACKMAMBA_INLINE pack<T, N> sqrt(pack<T, N> x) {
   constexpr int part = N < width<T> ? N : width<T>;
@@ -155,8 +156,8 @@ BLACKMAMBA_INLINE pack<float, N> log(pack<float, N> x) {
   V const t = detail::as_float<N>((bits & 0x007fffff) + 0x3f3504f3) - V(1.0f);
   V const t2 = t * t;
   V y = detail::polynomial(t, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f,
-                               1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f,
-                               3.3333331174e-1f) * t * t2;
+                           1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f) *
+        t * t2;
   y = fma(e, V(-2.12194440e-4f), y);
   y = fma(V(-0.5f), t2, y);
   V const finite = fma(e, V(0.693359375f), t + y);
@@ -175,17 +176,16 @@ BLACKMAMBA_INLINE pack<float, N> log1p(pack<float, N> x) {
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> log1p_unit(pack<float, N> x) {
   return x * detail::polynomial(x, -3.243819345e-3f, 1.985109411e-2f, -5.696006492e-2f, 1.060385481e-1f,
-                                    -1.530581415e-1f, 1.967606097e-1f, -2.495416850e-1f, 3.332996666e-1f,
-                                    -4.999990165e-1f, 1.0f);
+                                -1.530581415e-1f, 1.967606097e-1f, -2.495416850e-1f, 3.332996666e-1f, -4.999990165e-1f,
+                                1.0f);
 }
 /// Error function. 3 ulp.
 template <int N>
 BLACKMAMBA_INLINE pack<float, N> erf(pack<float, N> x) {
   using V = pack<float, N>;
   V const a = min(V(4.0f), abs(x)), square = a * a;  // erf(4) is 1 in float
-  V const small = a * detail::polynomial(square, 7.853849820e-5f, -8.010202437e-4f, 5.188330542e-3f,
-                                                  -2.685381472e-2f, 1.128358543e-1f, -3.761262596e-1f,
-                                                  1.128379107e+00f);
+  V const small = a * detail::polynomial(square, 7.853849820e-5f, -8.010202437e-4f, 5.188330542e-3f, -2.685381472e-2f,
+                                         1.128358543e-1f, -3.761262596e-1f, 1.128379107e+00f);
   // erf(a) = 1 - 2 Phi(-sqrt(2) a)
   V const t = (a - V(2.12132034f)) / (a + V(2.12132034f));
   V const large = V(1.0f) - detail::exp_in_range(-square) * detail::scaled_normal_tail(t) * 2.0f;
@@ -210,15 +210,37 @@ BLACKMAMBA_INLINE pack<float, N> normal_pdf(pack<float, N> x) {
   return select(x == x, select(a > V(13.2f), V(0.0f), y), x);
 }
 
-// clang-format off
-template <int N> BLACKMAMBA_INLINE pack<double, N> exp(pack<double, N> x)   { return each_lane(x, [](double a) { return std::exp(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> exp2(pack<double, N> x)  { return each_lane(x, [](double a) { return std::exp2(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> log(pack<double, N> x)   { return each_lane(x, [](double a) { return std::log(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> log1p(pack<double, N> x) { return each_lane(x, [](double a) { return std::log1p(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> log1p_unit(pack<double, N> x) { return log1p(x); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> erf(pack<double, N> x)   { return each_lane(x, [](double a) { return std::erf(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> normal_cdf(pack<double, N> x) { return each_lane(x, [](double a) { return math::normal_cdf(a); }); }
-template <int N> BLACKMAMBA_INLINE pack<double, N> normal_pdf(pack<double, N> x) { return each_lane(x, [](double a) { return math::normal_pdf(a); }); }
-// clang-format on
+template <int N>
+BLACKMAMBA_INLINE pack<double, N> exp(pack<double, N> x) {
+  return each_lane(x, [](double a) { return std::exp(a); });
+}
+template <int N>
+BLACKMAMBA_INLINE pack<double, N> exp2(pack<double, N> x) {
+  return each_lane(x, [](double a) { return std::exp2(a); });
+}
+template <int N>
+BLACKMAMBA_INLINE pack<double, N> log(pack<double, N> x) {
+  return each_lane(x, [](double a) { return std::log(a); });
+}
+template <int N>
+BLACKMAMBA_INLINE pack<double, N> log1p(pack<double, N> x) {
+  return each_lane(x, [](double a) { return std::log1p(a); });
+}
+template <int N>
+BLACKMAMBA_INLINE pack<double, N> log1p_unit(pack<double, N> x) {
+  return log1p(x);
+}
+template <int N>
+BLACKMAMBA_INLINE pack<double, N> erf(pack<double, N> x) {
+  return each_lane(x, [](double a) { return std::erf(a); });
+}
+template <int N>
+BLACKMAMBA_INLINE pack<double, N> normal_cdf(pack<double, N> x) {
+  return each_lane(x, [](double a) { return math::normal_cdf(a); });
+}
+template <int N>
+BLACKMAMBA_INLINE pack<double, N> normal_pdf(pack<double, N> x) {
+  return each_lane(x, [](double a) { return math::normal_pdf(a); });
+}
 
 }  // namespace blackmamba::simd

@@ -8,15 +8,16 @@
 
 namespace blackmamba {
 
-/// Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; Kingma and Ba, arXiv 1412.6980),
-/// and clipping of the gradient by its norm. With eta = learning_rate learning_rate_scale and t = step:
+/// Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; Kingma and Ba, arXiv
+/// 1412.6980), and clipping of the gradient by its norm. With eta = learning_rate learning_rate_scale and t = step:
 ///
 ///   g = gradient min(1, max_norm / norm)            (g = gradient where max_norm is 0)
 ///   m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
 ///   p = p - eta (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay p)
 ///
 /// One pass over memory. Parameters, gradients and moments in accum_t<T>; the factors that depend on t are computed in
-/// double. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda: the norm stays on the device.
+/// double. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda: the norm stays on the
+/// device.
 struct adamw {
   /// Parameters [end of the group before, end).
   struct group {
@@ -46,8 +47,8 @@ struct adamw {
   /// @param groups host memory; their ends ascend, the last is n
   /// @throws value_error where an option is outside its domain
   template <device_policy P, storage T>
-  static void step(P const& policy, tensors<home<P>, T> const& on, in<P, accum_t<T>, dyn> norm, std::span<group const> groups,
-                   options const& how) {
+  static void step(P const& policy, tensors<home<P>, T> const& on, in<P, accum_t<T>, dyn> norm,
+                   std::span<group const> groups, options const& how) {
     auto const n = on.parameter.extent(0);
     check_shape("adamw", "gradient", on.gradient, {n});
     check_shape("adamw", "first_moment", on.first_moment, {n});
@@ -57,8 +58,8 @@ struct adamw {
     check_that(norm.present() || how.max_norm == 0, "adamw", "norm", "no view", "a view, because max_norm is not 0");
     std::int64_t end = 0;
     for (auto const& g : groups) {
-      check_that(g.end >= end, "adamw", "groups", "an end of " + std::to_string(g.end) + " after " + std::to_string(end),
-                 "ascending ends");
+      check_that(g.end >= end, "adamw", "groups",
+                 "an end of " + std::to_string(g.end) + " after " + std::to_string(end), "ascending ends");
       end = g.end;
     }
     check_that(end == n, "adamw", "groups", "groups of " + std::to_string(end) + " parameters", std::to_string(n));
@@ -81,14 +82,17 @@ struct adamw {
   }
 
   static constexpr std::int64_t values_per_partial = 16384;
-  static constexpr std::int64_t partial_count(std::int64_t n) { return (n + values_per_partial - 1) / values_per_partial; }
+  static constexpr std::int64_t partial_count(std::int64_t n) {
+    return (n + values_per_partial - 1) / values_per_partial;
+  }
   static constexpr std::size_t scratch_bytes(std::int64_t n) {
     return scratch_sum(sizeof(double) * static_cast<std::size_t>(partial_count(n)));
   }
 
  private:
   static void check_value(bool good, char const* name, double value, char const* domain) {
-    if (!good) throw value_error("adamw: " + std::string(name) + ": got " + std::to_string(value) + ", expected " + domain);
+    if (!good)
+      throw value_error("adamw: " + std::string(name) + ": got " + std::to_string(value) + ", expected " + domain);
   }
 };
 

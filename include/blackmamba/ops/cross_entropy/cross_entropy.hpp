@@ -11,10 +11,10 @@ namespace blackmamba {
 ///   lse[r] = log(sum_j exp(logits[r,j]))
 ///   loss   = sum over rows of lse[r] - logits[r, target[r]]
 ///
-/// A row with a negative target is ignored: it adds nothing, whatever its logits hold. Rows are shifted by their largest
-/// logit, so logits of any finite size do. A logit of -inf is a probability of zero. A NaN, a logit of +inf, or a row of
-/// nothing but -inf makes the row's loss, and with it the loss, NaN. Sums over rows and over long rows are carried in
-/// double. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda.
+/// A row with a negative target is ignored: it adds nothing, whatever its logits hold. Rows are shifted by their
+/// largest logit, so logits of any finite size do. A logit of -inf is a probability of zero. A NaN, a logit of +inf, or
+/// a row of nothing but -inf makes the row's loss, and with it the loss, NaN. Sums over rows and over long rows are
+/// carried in double. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda.
 struct cross_entropy {
   template <device_policy P, storage T>
   struct inputs {
@@ -62,7 +62,9 @@ struct cross_entropy {
 
   /// The loss is summed over blocks of this many rows, then over blocks, in order.
   static constexpr std::int64_t rows_per_partial = 16;
-  static constexpr std::int64_t partial_rows(std::int64_t rows) { return (rows + rows_per_partial - 1) / rows_per_partial; }
+  static constexpr std::int64_t partial_rows(std::int64_t rows) {
+    return (rows + rows_per_partial - 1) / rows_per_partial;
+  }
   static constexpr std::size_t scratch_bytes(std::int64_t rows) {
     return scratch_sum(sizeof(double) * static_cast<std::size_t>(partial_rows(rows)));
   }

@@ -6,13 +6,14 @@
 
 namespace blackmamba {
 
-/// Rows of a table: y[r,:] = table[token[r],:]. The table may be the weight of the output projection too (tied embedding:
-/// Press and Wolf, arXiv 1608.05859).
+/// Rows of a table: y[r,:] = table[token[r],:]. The table may be the weight of the output projection too (tied
+/// embedding: Press and Wolf, arXiv 1608.05859).
 ///
 /// Bitwise repeatable, independent of the number of threads. Asynchronous on cuda.
 struct embedding {
   /// token (R), table (V, H), y (R, H).
-  /// @throws value_error (cpu) naming position, value and vocabulary where a token is outside [0, V); y is then unchanged
+  /// @throws value_error (cpu) naming position, value and vocabulary where a token is outside [0, V); y is then
+  /// unchanged
   template <device_policy P, storage T>
   static void forward(P const& policy, in<P, std::int32_t, dyn> token, in<P, T, dyn, dyn> table,
                       out<P, T, dyn, dyn> y) {

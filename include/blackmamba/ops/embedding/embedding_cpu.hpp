@@ -17,13 +17,13 @@ struct backend<embedding, device::cpu> {
     check_tokens("embedding", token, table.extent(0));
     std::size_t const bytes = sizeof(T) * static_cast<std::size_t>(y.extent(1));
     cpu::parallel_for(policy.threads, y.extent(0), 16, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t r = begin; r < end; ++r)
-        std::memcpy(static_cast<void*>(y.row(r)), table.row(token(r)), bytes);
+      for (std::int64_t r = begin; r < end; ++r) std::memcpy(static_cast<void*>(y.row(r)), table.row(token(r)), bytes);
     });
   }
 
-  /// A counting sort brings equal tokens together, in order of position. Then each element of d_table that occurs is summed
-  /// by one thread in that order, so that work may be divided in any way: over tiles of columns and chunks of positions.
+  /// A counting sort brings equal tokens together, in order of position. Then each element of d_table that occurs is
+  /// summed by one thread in that order, so that work may be divided in any way: over tiles of columns and chunks of
+  /// positions.
   template <class T>
   static void backward(device::cpu const& policy, host_view<std::int32_t const, dyn> token,
                        host_view<T const, dyn, dyn> d_y, host_view<accum_t<T>, dyn, dyn> d_table,

@@ -9,8 +9,8 @@
 
 namespace blackmamba {
 
-/// Activation functions: types with static apply(x) and derivative(x), written for scalars and simd packs alike. A type of
-/// the user's own serves too.
+/// Activation functions: types with static apply(x) and derivative(x), written for scalars and simd packs alike. A type
+/// of the user's own serves too.
 namespace activation {
 
 /// x sigmoid(x) (Hendrycks and Gimpel, arXiv 1606.08415; Elfwing et al., arXiv 1702.03118).
@@ -61,11 +61,11 @@ concept activation_function = requires(float x) {
   { F::derivative(x) } -> std::same_as<float>;
 };
 
-/// Gated linear units (Shazeer, arXiv 2002.05202, eq. 5 and 6): y = act(gate) up, element by element; y = act(gate) where
-/// `up` is absent. SwiGLU is silu with up, GEGLU gelu with up.
+/// Gated linear units (Shazeer, arXiv 2002.05202, eq. 5 and 6): y = act(gate) up, element by element; y = act(gate)
+/// where `up` is absent. SwiGLU is silu with up, GEGLU gelu with up.
 ///
-/// Arithmetic in accum_t<T>. gate, up and y may be halves of one projection. Bitwise repeatable, independent of the number
-/// of threads. Asynchronous on cuda. No scratch.
+/// Arithmetic in accum_t<T>. gate, up and y may be halves of one projection. Bitwise repeatable, independent of the
+/// number of threads. Asynchronous on cuda. No scratch.
 struct gated_activation {
   /// gate, up (optional), y: (R, D). y may alias gate or up.
   template <class Activation, device_policy P, storage T>
@@ -107,9 +107,10 @@ struct gated_activation {
  private:
   template <class Activation>
   static constexpr void check_activation() {
-    static_assert(activation_function<Activation>,
-                  "blackmamba: gated_activation: this type is no activation; give it static member templates apply(x) and "
-                  "derivative(x) that return what they take");
+    static_assert(
+        activation_function<Activation>,
+        "blackmamba: gated_activation: this type is no activation; give it static member templates apply(x) and "
+        "derivative(x) that return what they take");
   }
 };
 

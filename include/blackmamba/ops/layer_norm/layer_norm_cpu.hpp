@@ -12,8 +12,8 @@ namespace blackmamba {
 template <>
 struct backend<layer_norm, device::cpu> {
   template <class T>
-  static void forward(device::cpu const& policy, layer_norm::inputs<device::cpu, T> const& in,
-                      host_view<T, dyn, dyn> y, layer_norm::saved<device::cpu, T> const& keep) {
+  static void forward(device::cpu const& policy, layer_norm::inputs<device::cpu, T> const& in, host_view<T, dyn, dyn> y,
+                      layer_norm::saved<device::cpu, T> const& keep) {
     using A = accum_t<T>;
     using V = simd::pack<A>;
     std::int64_t const width = y.extent(1);
