@@ -1,9 +1,9 @@
 /// Expert dispatch on the CPU, in bytes that have to move, beside a plain copy in memory on as many threads.
 ///
 /// Counters: bytes_per_second; of_copy, that rate over the copy's (best of several, measured just before; what fits a
-/// cache may be above 1). A plan reads
-/// an expert and writes a row and a source for each slot; permute and its gradient read and write each row once; combine
-/// reads k rows for each token and writes one; its gradient reads rows and d_y and writes d_rows.
+/// cache may be above 1). A plan reads an expert and writes a row and a source for each slot; permute and its
+/// gradient read and write each row once; combine reads k rows for each token and writes one; its gradient reads rows
+/// and d_y and writes d_rows.
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/random.hpp>
 #include <blackmamba/core/tensor.hpp>
@@ -101,7 +101,8 @@ struct problem {
 
 void plan(benchmark::State& state) {
   problem p(state);
-  p.run(state, 12.0 * static_cast<double>(p.tokens * p.k), [&] { expert_dispatch::plan(p.policy, p.expert, p.plan()); });
+  p.run(state, 12.0 * static_cast<double>(p.tokens * p.k),
+        [&] { expert_dispatch::plan(p.policy, p.expert, p.plan()); });
 }
 template <class T>
 void permute(benchmark::State& state) {

@@ -1,9 +1,10 @@
-/// Sinkhorn on the CPU, beside the published loop written plainly, on the same logits: normal with the given spread, plus a
-/// bias for each expert with the same spread.
+/// Sinkhorn on the CPU, beside the published loop written plainly, on the same logits: normal with the given spread,
+/// plus a bias for each expert with the same spread.
 ///
-/// Counters: passes and error (max_j |E c_j - 1|) as reached; per_pass: time for one sweep over the rows, setup included;
-/// peak_load: slots of the busiest expert over the mean, routed with the result. The published loop as published stops by its
-/// own rule, whatever the error; until_error goes on, without its epsilon, until the error is what the operator was asked for.
+/// Counters: passes and error (max_j |E c_j - 1|) as reached; per_pass: time for one sweep over the rows, setup
+/// included; peak_load: slots of the busiest expert over the mean, routed with the result. The published loop as
+/// published stops by its own rule, whatever the error; until_error goes on, without its epsilon, until the error is
+/// what the operator was asked for.
 #include <blackmamba/core/random.hpp>
 #include <blackmamba/core/tensor.hpp>
 #include <blackmamba/ops/router/router.hpp>
@@ -52,7 +53,8 @@ struct problem {
     for (std::int64_t i = 0; i < logits.size(); ++i) {
       auto const at = static_cast<std::uint64_t>(i);
       auto const expert = static_cast<std::uint64_t>(i % experts);
-      double const x = normal.normal(at) + bias.normal(expert) + 0.01 * drift.normal(at) + 0.01 * drift.normal(expert + (1u << 30));
+      double const drifted = drift.normal(at) + drift.normal(expert + (1u << 30));
+      double const x = normal.normal(at) + bias.normal(expert) + 0.01 * drifted;
       logits.data()[i] = static_cast<float>(spread * x);
     }
   }
@@ -98,8 +100,8 @@ void warm(benchmark::State& state) {
   p.tell(state, p.report(0).passes, static_cast<double>(p.report(0).error));
 }
 
-/// The published loop in plain C++, one thread, float, K computed once. With `until` above zero, epsilon is left out and the
-/// loop goes on until the marginal error of softmax(2 x + log d1) is that small.
+/// The published loop in plain C++, one thread, float, K computed once. With `until` above zero, epsilon is left out
+/// and the loop goes on until the marginal error of softmax(2 x + log d1) is that small.
 int plain_loop(matrix const& x, std::vector<float>& d1, std::vector<float>& k, bool ones, double until, double& error) {
   auto const rows = static_cast<std::size_t>(x.extent(0)), experts = static_cast<std::size_t>(x.extent(1));
   float const epsilon = until > 0 ? 0.0f : 1e-8f;
@@ -155,7 +157,10 @@ void shapes(benchmark::internal::Benchmark* b, std::vector<std::int64_t> const& 
   for (auto n : threads)
     for (std::int64_t tokens : {2048, 65536, 1 << 20})
       for (std::int64_t spread : {1, 4}) b->Args({n, tokens, 8, spread, 1000});
-  for (auto n : threads) b->Args({n, 65536, 64, 1, 1000})->Args({n, 65536, 64, 4, 1000})->Args({n, 65536, 8, 2, 100000});
+  for (auto n : threads) {
+    for (std::int64_t spread : {1, 4}) b->Args({n, 65536, 64, spread, 1000});
+    b->Args({n, 65536, 8, 2, 100000});
+  }
 }
 void both(benchmark::internal::Benchmark* b) { shapes(b, {1, 2}); }
 void one(benchmark::internal::Benchmark* b) { shapes(b, {1}); }
@@ -166,7 +171,7 @@ BENCHMARK(cold)->Apply(both);
 BENCHMARK(cold_fixed_point)->Apply(one);
 BENCHMARK(warm)->Apply(both);
 BENCHMARK(published)->Apply(one);
-BENCHMARK(published_ones)->Args({1, 65536, 8, 1, 1000})->ArgNames({"threads", "T", "E", "spread", "1/tol"})->Unit(benchmark::kMicrosecond);
+BENCHMARK(published_ones)->Apply(one);
 BENCHMARK(published_until_error)->Apply(one);
 
 BENCHMARK_MAIN();

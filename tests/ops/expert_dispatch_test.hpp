@@ -222,7 +222,8 @@ TEST_CASE("expert_dispatch: gradients equal central differences") {
   test::check_gradient([&](test::values const& v) { return loss(x, v); }, gate, test::download(d_gate), "d_gate");
 }
 
-TEST_CASE_TEMPLATE("expert_dispatch: gradients in every type stay within rounding of those in double", T, STORAGE_TYPES) {
+TEST_CASE_TEMPLATE("expert_dispatch: gradients in every type stay within rounding of those in double", T,
+                   STORAGE_TYPES) {
   std::int64_t const tokens = 90, k = 2, width = 37;
   auto const p = plan(random_experts(tokens, k, 8, 1, 10), k, 8, 20);
   auto const rows = test::rounded<T>(test::random_normal(tokens * k * width, 1));
@@ -271,7 +272,12 @@ TEST_CASE("expert_dispatch: the same bits for any number of threads") {
 
 TEST_CASE("expert_dispatch: takes strided tokens and experts") {
   auto const wide = test::upload<std::int32_t>({9, 1, 0, 9, 0, 1, 9, 1, 1}, 3, 3);  // the experts are columns 1 and 2
-  planned p{test::poisoned<std::int64_t>(3), test::poisoned<std::int32_t>(6), test::poisoned<std::int32_t>(6), {}, {}, {}};
+  planned p{.offsets = test::poisoned<std::int64_t>(3),
+            .source = test::poisoned<std::int32_t>(6),
+            .row = test::poisoned<std::int32_t>(6),
+            .offset_values = {},
+            .source_values = {},
+            .row_values = {}};
   expert_dispatch::plan(make_policy(), wide.columns(1, 2), p);
   test::check_equal(test::download(p.offsets), {0, 2, 6});
   test::check_equal(test::download(p.source), {1, 2, 0, 3, 4, 5});

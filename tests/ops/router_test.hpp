@@ -30,7 +30,8 @@ bool finite(test::values const& x, std::int64_t first, std::int64_t n) {
 }
 
 /// The gates of the given experts of one row, by definition.
-test::values gates(double const* logits, std::int64_t experts, std::vector<std::int64_t> const& chosen, gate_function f) {
+test::values gates(double const* logits, std::int64_t experts, std::vector<std::int64_t> const& chosen,
+                   gate_function f) {
   test::values g;
   double all = 0, selected = 0, largest = *std::max_element(logits, logits + experts);
   for (std::int64_t j = 0; j < experts; ++j) all += std::exp(logits[j] - largest);
@@ -229,7 +230,8 @@ TEST_CASE("router: softmax gates over the selected sum to one; a row's result do
 }
 
 TEST_CASE("router: the same bits for any number of threads") {
-  problem const p{5000, 8, 2, test::random_normal(40000, 1), test::random_normal(8, 2), {.gate = gate_function::softmax}};
+  router::options const softmax{.gate = gate_function::softmax};
+  problem const p{5000, 8, 2, test::random_normal(40000, 1), test::random_normal(8, 2), softmax};
   auto const one = run<float>(p);
   auto const d_gate = test::random_normal(10000, 3);
   auto const d = run_backward<float>(p, one.expert, d_gate);

@@ -26,8 +26,9 @@ BLACKMAMBA_INLINE pack<T, N> every_second(pack<T, N> a, pack<T, N> b) {
     static_assert(N <= 16, "blackmamba: simd::every_second: written for up to 16 lanes");
 }
 
-/// Rows side by side, one in each lane of V: to[j * V::lanes + i] = x[i * stride + j] for i < rows, j < width. Lanes i >=
-/// rows get `missing`. Precondition: rows <= V::lanes. By shuffles of whole vectors where the width is a power of two.
+/// Rows side by side, one in each lane of V: to[j * V::lanes + i] = x[i * stride + j] for i < rows, j < width. Lanes
+/// i >= rows get `missing`. Precondition: rows <= V::lanes. By shuffles of whole vectors where the width is a power
+/// of two.
 template <class V, class T = typename V::value_type>
 void rows_to_lanes(T const* x, std::int64_t stride, std::int64_t rows, std::int64_t width, T missing, T* to) {
   constexpr std::int64_t L = V::lanes, widest = 64;
@@ -38,8 +39,9 @@ void rows_to_lanes(T const* x, std::int64_t stride, std::int64_t rows, std::int6
     for (std::int64_t j = 0; j < width; ++j) std::fill(to + j * L + rows, to + (j + 1) * L, missing);
     return;
   }
-  // The rows in one piece hold element (i, j) at the place whose binary digits are those of i, then those of j. Taking every
-  // second element moves the last digit to the front; after log2(width) times, those of j stand before those of i.
+  // The rows in one piece hold element (i, j) at the place whose binary digits are those of i, then those of j.
+  // Taking every second element moves the last digit to the front; after log2(width) times, those of j stand before
+  // those of i.
   alignas(64) T spare[static_cast<std::size_t>(widest * L)];
   T const* from = x;
   int const steps = std::countr_zero(static_cast<std::uint64_t>(width));

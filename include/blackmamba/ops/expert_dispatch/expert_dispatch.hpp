@@ -6,12 +6,12 @@
 
 namespace blackmamba {
 
-/// Brings tokens to their experts and back: a plan (a stable counting sort of the slots by expert), permute, combine, and
-/// their gradients. Slot s = token k + a is the a-th choice of a token.
+/// Brings tokens to their experts and back: a plan (a stable counting sort of the slots by expert), permute, combine,
+/// and their gradients. Slot s = token k + a is the a-th choice of a token.
 ///
-/// The permuted rows of expert e are [offsets[e], offsets[e+1]), in the order of their slots; rows from offsets[E] on are
-/// free: nothing reads or writes them. Nothing here needs the counts on the host.
-/// Bitwise repeatable, independent of the number of threads: every row has one writer, sums run over a in order.
+/// The permuted rows of expert e are [offsets[e], offsets[e+1]), in the order of their slots; rows from offsets[E] on
+/// are free: nothing reads or writes them. Nothing here needs the counts on the host. Bitwise repeatable, independent
+/// of the number of threads: every row has one writer, sums run over a in order.
 struct expert_dispatch {
   /// The plan, in the policy's memory.
   template <device_policy P>
@@ -22,13 +22,14 @@ struct expert_dispatch {
   };
 
   /// @param expert    (M, k) expert of each slot, -1 for none
-  /// @param capacity  0: dropless. Else at most this many rows for an expert: the first slots in order stay, the others
+  /// @param capacity  0: dropless. Else at most this many rows for an expert: the first slots in order stay, the
+  /// others
   ///                  are dropped, and the rows of an expert still follow the previous expert's without a gap.
   /// On the cpu an expert that is neither -1 nor in [0, E) is a value_error.
   /// scratch_bytes(M*k, E) of scratch.
   template <device_policy P>
-  static void plan(P const& policy, in<P, std::int32_t, dyn, dyn> expert, std::type_identity_t<routing<home<P>>> const& to,
-                   std::int64_t capacity = 0) {
+  static void plan(P const& policy, in<P, std::int32_t, dyn, dyn> expert,
+                   std::type_identity_t<routing<home<P>>> const& to, std::int64_t capacity = 0) {
     auto const slots = expert.size(), experts = to.offsets.extent(0) - 1;
     check_that(experts >= 0, "expert_dispatch.plan", "offsets", "(0)", "(E+1)");
     check_that(slots <= INT32_MAX, "expert_dispatch.plan", "expert", std::to_string(slots) + " slots",

@@ -146,15 +146,16 @@ struct backend<expert_dispatch, device::cpu> {
         throw value_error("expert_dispatch.plan: expert: slot " + std::to_string(first + i) + " has expert " +
                           std::to_string(e[i]) + ", expected -1 or 0 to " + std::to_string(experts - 1));
   }
-  /// Calls body(i, e[i], next[e[i]]++) for each slot of a run in order; without an expert, the third is of no meaning.
+  /// Calls body(i, e[i], next[e[i]]++) for each slot of a run in order; without an expert, the third is of no
+  /// meaning.
   template <bool AllRouted, class Body>
   static void ranks_of(std::int64_t experts, std::int64_t* next, std::int32_t const* e, std::int64_t n, Body&& body) {
     if (experts > 8) {
       for (std::int64_t i = 0; i < n; ++i) body(i, e[i], AllRouted || e[i] >= 0 ? next[e[i]]++ : 0);
       return;
     }
-    // Up to 8 experts: a byte of one register counts for each of them, which no slot has to wait for; before a byte can
-    // overflow, the counts go to next.
+    // Up to 8 experts: a byte of one register counts for each of them, which no slot has to wait for; before a byte
+    // can overflow, the counts go to next.
     for (std::int64_t start = 0; start < n; start += run_length) {
       std::uint64_t seen = 0;
       for (std::int64_t i = start; i < std::min(start + run_length, n); ++i) {
@@ -167,7 +168,9 @@ struct backend<expert_dispatch, device::cpu> {
   }
 
   /// Rows of this width that are worth a thread's while.
-  static std::int64_t grain(std::int64_t width) { return std::max<std::int64_t>(1, 16384 / std::max<std::int64_t>(width, 1)); }
+  static std::int64_t grain(std::int64_t width) {
+    return std::max<std::int64_t>(1, 16384 / std::max<std::int64_t>(width, 1));
+  }
 
   /// to[t,:] = sum over a of weight(t, a) from[row[t k + a], :].
   template <class T, class Weight>

@@ -12,18 +12,18 @@ struct quantile_balance_options {
   int rounds = 8;
 };
 
-/// Balances counts (J. Su, "MoE odyssey 6: optimal allocation", kexue.fm/archives/11619; Kimi K3 report, section 2.3.3): finds
-/// offsets g with which every expert is among the top k of q = M k / E tokens. A round is one step of block coordinate
-/// descent on the dual of that assignment problem:
+/// Balances counts (J. Su, "MoE odyssey 6: optimal allocation", kexue.fm/archives/11619; Kimi K3 report, section
+/// 2.3.3): finds offsets g with which every expert is among the top k of q = M k / E tokens. A round is one step of
+/// block coordinate descent on the dual of that assignment problem:
 ///
-///   t_i = (k+1)-th largest over j of beta x_ij + g_j         the score that a token asks for
-///   g_j = q-quantile over i of t_i - beta x_ij               the offset that q tokens would follow, max_j g_j = 0 afterwards
+///   t_i = (k+1)-th largest over j of beta x_ij + g_j    the score that a token asks for
+///   g_j = q-quantile over i of t_i - beta x_ij          the offset that q tokens would follow; then max_j g_j = 0
 ///
-/// Quantiles lie half way between the q-th and the next smallest value (q rounded down, at least 1). The work is known before:
-/// a fixed number of rounds, without a stop rule; the incoming offset is the start, so that one round a step will do in
-/// training. Offsets that are not finite start from 0. Rows with a logit that is not finite are left out.
-/// With k = E every token goes everywhere, and the offset stays.
-/// Bitwise repeatable, independent of the number of threads.
+/// Quantiles lie half way between the q-th and the next smallest value (q rounded down, at least 1). The work is
+/// known before: a fixed number of rounds, without a stop rule; the incoming offset is the start, so that one round a
+/// step will do in training. Offsets that are not finite start from 0. Rows with a logit that is not finite are left
+/// out. With k = E every token goes everywhere, and the offset stays. Bitwise repeatable, independent of the number
+/// of threads.
 struct quantile_balance {
   using options = quantile_balance_options;
 
@@ -48,7 +48,8 @@ struct quantile_balance {
 
   template <storage A>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t experts) {
-    return scratch_sum(sizeof(A) * static_cast<std::size_t>(rows * experts), sizeof(A) * static_cast<std::size_t>(rows));
+    return scratch_sum(sizeof(A) * static_cast<std::size_t>(rows * experts),
+                       sizeof(A) * static_cast<std::size_t>(rows));
   }
 };
 

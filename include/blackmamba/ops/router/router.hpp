@@ -19,15 +19,16 @@ struct router_options {
 
 /// Chooses experts for tokens: the one selector that every balance rule shares. For token i,
 ///
-///   expert[i,:] = the k experts with the largest  beta logits[i,j] + offset[j],  in descending order, of equals the lower
+///   expert[i,:] = the k experts with the largest  beta logits[i,j] + offset[j],  descending, of equals the lower
 ///   gate[i,a]   = a function of the raw logits (see gate_function): the weight of that expert's output
 ///
-/// The offset is what a balance rule computes: none (absent), sinkhorn, load_bias, quantile_balance. It moves the choice
-/// alone; gates and gradients see the raw logits. beta = 2 is what BlackMamba's Sinkhorn uses (arXiv 2402.01771, section
-/// 3; released code); without an offset beta is without effect. An expert whose offset is -infinity is chosen last.
+/// The offset is what a balance rule computes: none (absent), sinkhorn, load_bias, quantile_balance. It moves the
+/// choice alone; gates and gradients see the raw logits. beta = 2 is what BlackMamba's Sinkhorn uses (arXiv
+/// 2402.01771, section 3; released code); without an offset beta is without effect. An expert whose offset is
+/// -infinity is chosen last.
 ///
-/// A row with a logit that is not finite is routed nowhere: expert -1, gate 0, gradient 0; such rows are counted.
-/// The choice is piecewise constant and has no gradient: the router learns through the gates (a sigmoid gate trains the
+/// A row with a logit that is not finite is routed nowhere: expert -1, gate 0, gradient 0; such rows are counted. The
+/// choice is piecewise constant and has no gradient: the router learns through the gates (a sigmoid gate trains the
 /// chosen experts' logits only).
 ///
 /// A row's result does not depend on other rows. Bitwise repeatable, independent of the number of threads.
@@ -50,8 +51,8 @@ struct router {
   /// {.logits = logits, .offset = offset}, {.expert = expert, .gate = gate}).
   /// scratch_bytes(M) of scratch where rows are counted.
   template <device_policy P, storage T = float>
-  static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T>> const& in, selection<home<P>, T> const& chosen,
-                      options const& options = {}) {
+  static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T>> const& in,
+                      selection<home<P>, T> const& chosen, options const& options = {}) {
     auto const rows = in.logits.extent(0), experts = in.logits.extent(1), k = chosen.expert.extent(1);
     check_shape("router", "expert", chosen.expert, {rows, -1});
     check_shape("router", "gate", chosen.gate, {rows, k});

@@ -3,15 +3,15 @@
 
 #include <cstdint>
 
-// nvcc: with simd packs, these templates are host functions alone, as is meant; locals are auto because nvcc accepts no
-// named vector type in a function that is also for the device.
+// nvcc: with simd packs, these templates are host functions alone, as is meant; locals are auto because nvcc accepts
+// no named vector type in a function that is also for the device.
 #if BLACKMAMBA_CUDA
 #pragma nv_diagnostic push
 #pragma nv_diag_suppress 20011, 20013, 20014, 20015
 #endif
 
-/// The selection and its gates, for one row (T is float or double, on any device) or for a row in each lane (T is a simd
-/// pack, on the host). `logit(j)` and `offset(j)` give the row's logit and the offset of expert j as T.
+/// The selection and its gates, for one row (T is float or double, on any device) or for a row in each lane (T is a
+/// simd pack, on the host). `logit(j)` and `offset(j)` give the row's logit and the offset of expert j as T.
 namespace blackmamba::math {
 
 /// A selected expert: its number (a whole number kept as T), its score beta logit + offset, and its logit.
@@ -27,8 +27,8 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> no_choice() {
 }
 
 /// The expert that follows `previous` in the order of descending scores, where of equal scores the lower number comes
-/// first and a score that is not a number counts as -infinity. Starting from no_choice(), k <= experts calls give the top k,
-/// all different.
+/// first and a score that is not a number counts as -infinity. Starting from no_choice(), k <= experts calls give the
+/// top k, all different.
 template <class T, class Logit, class Offset>
 BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> next_choice(choice<T> previous, std::int64_t experts, T beta, Logit&& logit,
                                                       Offset&& offset) {

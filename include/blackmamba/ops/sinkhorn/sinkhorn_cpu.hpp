@@ -13,8 +13,9 @@ namespace blackmamba {
 
 namespace detail {
 
-/// The matrix K on the host and the sweeps over it. Rows lie side by side, one in each lane: the block of L rows from row
-/// b L on holds its E columns one after another, L values each. A row without a vote is 0, and so are rows past the last.
+/// The matrix K on the host and the sweeps over it. Rows lie side by side, one in each lane: the block of L rows from
+/// row b L on holds its E columns one after another, L values each. A row without a vote is 0, and so are rows past
+/// the last.
 template <class A>
 class sinkhorn_sweeps {
   using V = simd::pack<A>;
@@ -68,8 +69,8 @@ class sinkhorn_sweeps {
       add_columns(c, scale, partial);
     });
   }
-  /// s_jk = s_kj = mean_i p_ij p_ik for j != k, with p_ij = K_ij w_j / sum_j K_ij w_j; s (E, E). The mean is over the rows
-  /// of every `stride`-th block.
+  /// s_jk = s_kj = mean_i p_ij p_ik for j != k, with p_ij = K_ij w_j / sum_j K_ij w_j; s (E, E). The mean is over the
+  /// rows of every `stride`-th block.
   void pair_sweep(A const* w, double* s, std::int64_t stride) {
     std::int64_t const e = experts();
     cpu::parallel_for(threads_, chunks(), grain(e * e / 2), [&](std::int64_t begin, std::int64_t end) {
@@ -89,8 +90,8 @@ class sinkhorn_sweeps {
         s[j * e + k] = s[k * e + j] = mean * static_cast<double>(w[j]) * static_cast<double>(w[k]);
       }
   }
-  /// The stride at which a pair_sweep costs no more than a sweep, as long as enough rows are left for the Newton step to be
-  /// good: with s from 128 E rows it still divides the error by ten and more.
+  /// The stride at which a pair_sweep costs no more than a sweep, as long as enough rows are left for the Newton step
+  /// to be good: with s from 128 E rows it still divides the error by ten and more.
   std::int64_t sample_stride() const {
     std::int64_t const most = rows() / (128 * experts());
     return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
@@ -106,7 +107,9 @@ class sinkhorn_sweeps {
         for (std::int64_t r = first; r < last; ++r) {
           A const* const x = logits_.row(r);
           if (!std::all_of(x, x + e, [](A v) { return std::isfinite(v); })) continue;
-          auto const score = [&](std::int64_t j) { return static_cast<double>(beta_) * static_cast<double>(x[j]) + g[j]; };
+          auto const score = [&](std::int64_t j) {
+            return static_cast<double>(beta_) * static_cast<double>(x[j]) + g[j];
+          };
           math::log_sum row;
           for (std::int64_t j = 0; j < e; ++j) row.add(score(j));
           for (std::int64_t j = 0; j < e; ++j) {
@@ -160,8 +163,8 @@ class sinkhorn_sweeps {
     partial[2 * j + 1] = s.sum;
   }
 
-  /// Fills K. prepare(block, largest logit of each row) may rewrite the block of logits, and returns the function that
-  /// turns what stands there into K.
+  /// Fills K. prepare(block, largest logit of each row) may rewrite the block of logits, and returns the function
+  /// that turns what stands there into K.
   template <class Prepare>
   void build(Prepare&& prepare) {
     std::int64_t const e = experts();
@@ -245,7 +248,8 @@ class sinkhorn_sweeps {
     }
     for (int q = 0; q < Columns; ++q) partial[first + q] = static_cast<double>(simd::sum(sum[q]));
   }
-  /// partial = sum_i (K_ij d_i) (K_ik d_i) for j < k, row after row of the upper triangle, over every `stride`-th block.
+  /// partial = sum_i (K_ij d_i) (K_ik d_i) for j < k, row after row of the upper triangle, over every `stride`-th
+  /// block.
   void add_pairs(chunk const& c, A const* scale, std::int64_t stride, double* partial) const {
     std::int64_t const e = experts();
     for (std::int64_t j = 0; j < e; j += tile)
@@ -253,8 +257,8 @@ class sinkhorn_sweeps {
         add_pairs(c, scale, stride, j, k, partial, std::make_index_sequence<tile>{},
                   std::make_index_sequence<tile * tile>{});
   }
-  /// The tile from (first, second) on; the index sequences keep its sums in registers. Columns past the last repeat it, and
-  /// their sums are not kept.
+  /// The tile from (first, second) on; the index sequences keep its sums in registers. Columns past the last repeat
+  /// it, and their sums are not kept.
   template <std::size_t... C, std::size_t... S>
   void add_pairs(chunk const& c, A const* scale, std::int64_t stride, std::int64_t first, std::int64_t second,
                  double* partial, std::index_sequence<C...>, std::index_sequence<S...>) const {
@@ -272,7 +276,8 @@ class sinkhorn_sweeps {
     for (std::int64_t q = 0; q < tile; ++q)
       for (std::int64_t p = 0; p < tile; ++p) {
         std::int64_t const j = first + q, k = second + p;
-        if (j < k && k < e) partial[j * (2 * e - j - 1) / 2 + k - j - 1] = static_cast<double>(simd::sum(sum[q * tile + p]));
+        if (j < k && k < e)
+          partial[j * (2 * e - j - 1) / 2 + k - j - 1] = static_cast<double>(simd::sum(sum[q * tile + p]));
       }
   }
 
@@ -289,8 +294,8 @@ template <>
 struct backend<sinkhorn, device::cpu> {
   template <class A>
   static void forward(device::cpu const& policy, host_view<A const, dyn, dyn> logits, host_view<A, dyn> offset,
-                      host_view<sinkhorn::report, dyn> result, sinkhorn::options const& how, host_view<A, dyn, dyn> plan,
-                      sinkhorn::work<device::cpu, A> const& space) {
+                      host_view<sinkhorn::report, dyn> result, sinkhorn::options const& how,
+                      host_view<A, dyn, dyn> plan, sinkhorn::work<device::cpu, A> const& space) {
     state<A> s(space, offset.extent(0));
     detail::sinkhorn_sweeps<A> sweeps(policy, logits, how.beta, space);
     if (how.mode == sinkhorn::mode::sound)
@@ -304,7 +309,7 @@ struct backend<sinkhorn, device::cpu> {
   template <class A>
   struct state {
     double *s, *g, *marginal, *saved_g, *saved_marginal, *step;
-    A *base, *w, *previous;
+    A *base, *w, *previous, *d1;
 
     state(sinkhorn::work<device::cpu, A> const& space, std::int64_t e) {
       s = space.state.data();
@@ -316,6 +321,7 @@ struct backend<sinkhorn, device::cpu> {
       base = reinterpret_cast<A*>(step + e);
       w = base + e;
       previous = w + e;
+      d1 = previous + e;
     }
   };
   using action = math::sinkhorn_progress::action;
@@ -411,11 +417,11 @@ struct backend<sinkhorn, device::cpu> {
       }
       ++report.passes;
     }
-    if (plan.present()) sweeps.write_plan(s.previous, row_mass, epsilon, s.w, plan);
 
     bool sane = true;
+    std::copy_n(s.w, e, s.d1);
     for (std::int64_t j = 0; j < e; ++j) {
-      s.g[j] = std::log(static_cast<double>(s.w[j]));
+      s.g[j] = std::log(static_cast<double>(s.d1[j]));
       sane = sane && std::isfinite(s.g[j]);
     }
     if (sane) {
@@ -426,6 +432,10 @@ struct backend<sinkhorn, device::cpu> {
       report.error = INFINITY;
     }
     for (std::int64_t j = 0; j < e; ++j) offset(j) = static_cast<A>(s.g[j]);
+    if (plan.present()) {  // last, for it may overwrite the logits that the error is measured on
+      sweeps.build_published();
+      sweeps.write_plan(s.previous, row_mass, epsilon, s.d1, plan);
+    }
     return report;
   }
 
@@ -442,8 +452,8 @@ struct backend<sinkhorn, device::cpu> {
     return 8 * static_cast<double>(std::numeric_limits<A>::epsilon()) * (1 + spread);
   }
 
-  /// K is built around an offset, and what g has moved since stands in the weights: K w stays in range as long as that is
-  /// not much.
+  /// K is built around an offset, and what g has moved since stands in the weights: K w stays in range as long as
+  /// that is not much.
   template <class A>
   static void rebase(detail::sinkhorn_sweeps<A>& sweeps, state<A> const& s, std::int64_t e) {
     for (std::int64_t j = 0; j < e; ++j) s.base[j] = static_cast<A>(s.g[j]);

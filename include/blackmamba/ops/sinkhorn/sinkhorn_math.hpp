@@ -9,12 +9,14 @@
 #pragma nv_diag_suppress 20011, 20014
 #endif
 
-/// The Sinkhorn update, for one row or column (T is float or double, on any device) or one in each lane (T is a pack).
+/// The Sinkhorn update, for one row or column (T is float or double, on any device) or one in each lane (T is a
+/// pack).
 namespace blackmamba::math {
 
 /// The published loop's guard against division by zero.
 inline constexpr double sinkhorn_epsilon = 1e-8;
-/// Rows without a vote have K = 0 and hence the sum 0; this keeps their scale finite and leaves every other sum as it is.
+/// Rows without a vote have K = 0 and hence the sum 0; this keeps their scale finite and leaves every other sum as it
+/// is.
 inline constexpr float sinkhorn_no_vote = 1.17549435e-38f;
 
 /// Scale of a row (or, in the published loop, of a column) that gives it the wanted mass.
@@ -48,10 +50,11 @@ struct log_sum {
   BLACKMAMBA_HD double value() const { return largest + log(sum); }
 };
 
-/// Solves the Newton equation  L d = b  with  L = diag(sum_k s_jk) - s, where s_jk = mean_i p_ij p_ik (j != k): the Hessian
-/// of the concave dual  mean_j g_j - mean_i log sum_j e^(beta x_ij + g_j),  with its sign turned. L is the Laplacian of a
-/// graph with positive weights: singular along the vector of ones, so d[n-1] = 0 and n-1 unknowns are left. Eliminating
-/// one node after another needs no subtraction (Grassmann, Taksar and Heyman, 1985), so nothing cancels.
+/// Solves the Newton equation  L d = b  with  L = diag(sum_k s_jk) - s, where s_jk = mean_i p_ij p_ik (j != k): the
+/// Hessian of the concave dual  mean_j g_j - mean_i log sum_j e^(beta x_ij + g_j),  with its sign turned. L is the
+/// Laplacian of a graph with positive weights: singular along the vector of ones, so d[n-1] = 0 and n-1 unknowns are
+/// left. Eliminating one node after another needs no subtraction (Grassmann, Taksar and Heyman, 1985), so nothing
+/// cancels.
 ///
 /// @param s  (n, n) symmetric, the diagonal is not read; overwritten
 /// @param d  in: b, with sum zero; out: the solution
@@ -80,10 +83,10 @@ BLACKMAMBA_HD inline bool sinkhorn_newton_step(std::int64_t n, double* s, double
   return true;
 }
 
-/// Part of Newton's step to take: all of it where offsets move by no more than `reach` against each other, and beyond that
-/// reach + log(1 + range - reach) of the range. Third derivatives of a log-sum-exp are bounded by the range of a step times its
-/// second derivatives (Bach, "Self-concordant analysis for logistic regression", 2010, section 2): with reach 0 this
-/// is the damping at which Newton's method rises from any start.
+/// Part of Newton's step to take: all of it where offsets move by no more than `reach` against each other, and beyond
+/// that reach + log(1 + range - reach) of the range. Third derivatives of a log-sum-exp are bounded by the range of a
+/// step times its second derivatives (Bach, "Self-concordant analysis for logistic regression", 2010, section 2):
+/// with reach 0 this is the damping at which Newton's method rises from any start.
 BLACKMAMBA_HD inline double sinkhorn_damping(std::int64_t n, double const* d, double reach) {
   double low = 0, high = 0;
   for (std::int64_t k = 0; k < n; ++k) {
@@ -96,12 +99,12 @@ BLACKMAMBA_HD inline double sinkhorn_damping(std::int64_t n, double const* d, do
 
 /// What the iteration does next, told from the error that a sweep has found.
 ///
-/// Fixed-point steps lead from a cold start into the neighbourhood of the solution; Newton's step is tried once the error
-/// is below 1/2 (further out it is no better). Where they get stuck, as they do with few tokens and large logits, fully
-/// damped Newton steps take over, which rise from any start.
-/// A trial that does not reduce the error is taken back, and the fixed-point step is made from where it started; from then
-/// on Newton's steps are fully damped. Those may raise the error for a while (what they raise is the dual) but not tenfold:
-/// a trial that does is taken back too, and the next one waits until the error has halved.
+/// Fixed-point steps lead from a cold start into the neighbourhood of the solution; Newton's step is tried once the
+/// error is below 1/2 (further out it is no better). Where they get stuck, as they do with few tokens and large
+/// logits, fully damped Newton steps take over, which rise from any start. A trial that does not reduce the error is
+/// taken back, and the fixed-point step is made from where it started; from then on Newton's steps are fully damped.
+/// Those may raise the error for a while (what they raise is the dual) but not tenfold: a trial that does is taken
+/// back too, and the next one waits until the error has halved.
 struct sinkhorn_progress {
   enum class action { stop, stop_at_saved, fixed_point, fixed_point_from_saved, newton };
 
