@@ -282,6 +282,19 @@ BLACKMAMBA_INLINE void store(V x, S* p, Lanes lanes) {
     x.store(p);
 }
 
+/// Sum over [0, n) of the lanes of term(index, lanes), whose lanes past the end do not count. In a fixed order: four
+/// running sums, for one would make every addition wait for the one before.
+template <class V, class Term>
+BLACKMAMBA_INLINE typename V::value_type sum_packs(std::int64_t n, Term&& term) {
+  constexpr int N = V::lanes;
+  V s[4] = {0, 0, 0, 0};
+  std::int64_t i = 0;
+  for (; i + 4 * N <= n; i += 4 * N)
+    for (int j = 0; j < 4; ++j) s[j] += term(i + j * N, std::integral_constant<int, N>{});
+  for_packs<N>(n - i, [&](std::int64_t k, auto lanes) { s[0] += first(term(i + k, lanes), lanes); });
+  return sum((s[0] + s[1]) + (s[2] + s[3]));
+}
+
 }  // namespace blackmamba::simd
 
 #include <blackmamba/core/cpu/simd_math.hpp>

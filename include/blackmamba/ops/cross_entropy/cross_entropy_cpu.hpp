@@ -89,11 +89,9 @@ struct backend<cross_entropy, device::cpu> {
     constexpr std::int64_t block = 64 * V::lanes;
     double total = 0;
     for (std::int64_t begin = 0; begin < n; begin += block) {
-      V sum = 0;
-      simd::for_packs<V::lanes>(std::min(block, n - begin), [&](std::int64_t i, auto lanes) {
-        sum += simd::first(exp(simd::load<V>(row + begin + i, lanes) - largest), lanes);
-      });
-      total += static_cast<double>(simd::sum(sum));
+      total += static_cast<double>(simd::sum_packs<V>(std::min(block, n - begin), [&](std::int64_t i, auto lanes) {
+        return exp(simd::load<V>(row + begin + i, lanes) - largest);
+      }));
     }
     return total;
   }

@@ -1,10 +1,9 @@
 #pragma once
-#include <blackmamba/core/cpu/column_sums.hpp>
+#include <blackmamba/core/cpu/norm_rows.hpp>
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
 #include <blackmamba/ops/layer_norm/layer_norm.hpp>
 
-#include <algorithm>
 #include <cmath>
 
 namespace blackmamba {
@@ -19,19 +18,13 @@ struct backend<layer_norm, device::cpu> {
     std::int64_t const width = y.extent(1);
     cpu::parallel_for(policy.threads, y.extent(0), 16, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
-        auto const s = [&](std::int64_t i, auto lanes) {
-          V const x = simd::load<V>(in.x.row(r) + i, lanes);
-          return in.residual.present() ? x + simd::load<V>(in.residual.row(r) + i, lanes) : x;
-        };
-        V total = 0;
-        simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) { total += s(i, lanes); });
-        A const mean = simd::sum(total) / static_cast<A>(width);
-        V squares = 0;
-        simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
-          V const v = simd::first(s(i, lanes) - mean, lanes);
-          squares = fma(v, v, squares);
+        cpu::fused_row<V, T> const s(in.x, in.residual, r);
+        A const mean = simd::sum_packs<V>(width, s) / static_cast<A>(width);
+        A const squares = simd::sum_packs<V>(width, [&](std::int64_t i, auto lanes) {
+          V const v = s(i, lanes) - mean;
+          return v * v;
         });
-        A const rstd = 1 / std::sqrt(simd::sum(squares) / static_cast<A>(width) + static_cast<A>(in.eps));
+        A const rstd = 1 / std::sqrt(squares / static_cast<A>(width) + static_cast<A>(in.eps));
         simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
           V const v = s(i, lanes);
           V normalised = (v - mean) * rstd * simd::load<V>(in.weight.data() + i, lanes);
@@ -53,35 +46,28 @@ struct backend<layer_norm, device::cpu> {
     using A = accum_t<T>;
     using V = simd::pack<A>;
     std::int64_t const rows = d_s.extent(0), width = d_s.extent(1);
-    cpu::parallel_for(policy.threads, partial.extent(0), 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t block = begin; block < end; ++block) {
-        A* const d_w = partial.row(block);
-        A* const d_b = d_w + width;
-        std::fill_n(d_w, 2 * width, A(0));
-        std::int64_t const last = std::min(rows, (block + 1) * layer_norm::rows_per_partial);
-        for (std::int64_t r = block * layer_norm::rows_per_partial; r < last; ++r) {
-          A const rstd = in.rstd(r), mean = in.mean(r);
-          V sum_g = 0, sum_gn = 0;
-          simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
-            V const d_y = simd::load<V>(in.d_y.row(r) + i, lanes);
-            V const normalised = (simd::load<V>(in.sum.row(r) + i, lanes) - mean) * rstd;
-            simd::store(fma(d_y, normalised, simd::load<V>(d_w + i, lanes)), d_w + i, lanes);
-            simd::store(d_y + simd::load<V>(d_b + i, lanes), d_b + i, lanes);
-            V const g = d_y * simd::load<V>(in.weight.data() + i, lanes);
-            sum_g += g;
-            sum_gn = fma(g, normalised, sum_gn);
-          });
-          A const mean_g = simd::sum(sum_g) / static_cast<A>(width);
-          A const mean_gn = simd::sum(sum_gn) / static_cast<A>(width);
-          simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
-            V const g = simd::load<V>(in.d_y.row(r) + i, lanes) * simd::load<V>(in.weight.data() + i, lanes);
-            V const normalised = (simd::load<V>(in.sum.row(r) + i, lanes) - mean) * rstd;
-            V d = (g - mean_g - normalised * mean_gn) * rstd;
-            if (in.d_residual.present()) d += simd::load<V>(in.d_residual.row(r) + i, lanes);
-            simd::store(d, d_s.row(r) + i, lanes);
-          });
-        }
-      }
+    cpu::for_row_blocks(policy.threads, rows, layer_norm::rows_per_partial, partial, [&](std::int64_t r, A* d_w) {
+      A* const d_b = d_w + width;
+      A const rstd = in.rstd(r), mean = in.mean(r);
+      V sum_g = 0, sum_gn = 0;
+      simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
+        V const d_y = simd::load<V>(in.d_y.row(r) + i, lanes);
+        V const normalised = (simd::load<V>(in.sum.row(r) + i, lanes) - mean) * rstd;
+        simd::store(fma(d_y, normalised, simd::load<V>(d_w + i, lanes)), d_w + i, lanes);
+        simd::store(d_y + simd::load<V>(d_b + i, lanes), d_b + i, lanes);
+        V const g = d_y * simd::load<V>(in.weight.data() + i, lanes);
+        sum_g += g;
+        sum_gn = fma(g, normalised, sum_gn);
+      });
+      A const mean_g = simd::sum(sum_g) / static_cast<A>(width);
+      A const mean_gn = simd::sum(sum_gn) / static_cast<A>(width);
+      simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
+        V const g = simd::load<V>(in.d_y.row(r) + i, lanes) * simd::load<V>(in.weight.data() + i, lanes);
+        V const normalised = (simd::load<V>(in.sum.row(r) + i, lanes) - mean) * rstd;
+        V d = (g - mean_g - normalised * mean_gn) * rstd;
+        if (in.d_residual.present()) d += simd::load<V>(in.d_residual.row(r) + i, lanes);
+        simd::store(d, d_s.row(r) + i, lanes);
+      });
     });
     std::int64_t const blocks = partial.extent(0);
     cpu::add_column_sums(policy.threads, blocks, width, partial.data(), 2 * width, d_weight.data());

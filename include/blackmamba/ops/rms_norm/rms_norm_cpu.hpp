@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/cpu/norm_rows.hpp>
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
 #include <blackmamba/ops/rms_norm/rms_norm.hpp>
@@ -17,16 +18,12 @@ struct backend<rms_norm, device::cpu> {
     std::int64_t const width = y.extent(1);
     cpu::parallel_for(policy.threads, y.extent(0), 16, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
-        auto const s = [&](std::int64_t i, auto lanes) {
-          V const x = simd::load<V>(in.x.row(r) + i, lanes);
-          return in.residual.present() ? x + simd::load<V>(in.residual.row(r) + i, lanes) : x;
-        };
-        V squares = 0;
-        simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
+        cpu::fused_row<V, T> const s(in.x, in.residual, r);
+        A const squares = simd::sum_packs<V>(width, [&](std::int64_t i, auto lanes) {
           V const v = s(i, lanes);
-          squares = fma(v, v, squares);
+          return v * v;
         });
-        A const rstd = 1 / std::sqrt(simd::sum(squares) / static_cast<A>(width) + static_cast<A>(in.eps));
+        A const rstd = 1 / std::sqrt(squares / static_cast<A>(width) + static_cast<A>(in.eps));
         simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
           V const v = s(i, lanes);
           simd::store(v * rstd * simd::load<V>(in.weight.data() + i, lanes), y.row(r) + i, lanes);
@@ -44,33 +41,25 @@ struct backend<rms_norm, device::cpu> {
     using A = accum_t<T>;
     using V = simd::pack<A>;
     std::int64_t const rows = d_s.extent(0), width = d_s.extent(1);
-    cpu::parallel_for(policy.threads, partial.extent(0), 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t block = begin; block < end; ++block) {
-        A* const d_w = partial.row(block);
-        std::fill_n(d_w, width, A(0));
-        std::int64_t const last = std::min(rows, (block + 1) * rms_norm::rows_per_partial);
-        for (std::int64_t r = block * rms_norm::rows_per_partial; r < last; ++r) {
-          A const rstd = in.rstd(r);
-          V dot = 0;
-          simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
-            V const g = simd::load<V>(in.d_y.row(r) + i, lanes);
-            V const normalised = simd::load<V>(in.sum.row(r) + i, lanes) * rstd;
-            simd::store(fma(g, normalised, simd::load<V>(d_w + i, lanes)), d_w + i, lanes);
-            dot = fma(g * simd::load<V>(in.weight.data() + i, lanes), normalised, dot);
-          });
-          A const mean = simd::sum(dot) / static_cast<A>(width);
-          simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
-            V const g = simd::load<V>(in.d_y.row(r) + i, lanes) * simd::load<V>(in.weight.data() + i, lanes);
-            V const normalised = simd::load<V>(in.sum.row(r) + i, lanes) * rstd;
-            V d = (g - normalised * mean) * rstd;
-            if (in.d_residual.present()) d += simd::load<V>(in.d_residual.row(r) + i, lanes);
-            simd::store(d, d_s.row(r) + i, lanes);
-          });
-        }
-      }
+    cpu::for_row_blocks(policy.threads, rows, rms_norm::rows_per_partial, partial, [&](std::int64_t r, A* d_w) {
+      A const rstd = in.rstd(r);
+      V dot = 0;
+      simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
+        V const g = simd::load<V>(in.d_y.row(r) + i, lanes);
+        V const normalised = simd::load<V>(in.sum.row(r) + i, lanes) * rstd;
+        simd::store(fma(g, normalised, simd::load<V>(d_w + i, lanes)), d_w + i, lanes);
+        dot = fma(g * simd::load<V>(in.weight.data() + i, lanes), normalised, dot);
+      });
+      A const mean = simd::sum(dot) / static_cast<A>(width);
+      simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
+        V const g = simd::load<V>(in.d_y.row(r) + i, lanes) * simd::load<V>(in.weight.data() + i, lanes);
+        V const normalised = simd::load<V>(in.sum.row(r) + i, lanes) * rstd;
+        V d = (g - normalised * mean) * rstd;
+        if (in.d_residual.present()) d += simd::load<V>(in.d_residual.row(r) + i, lanes);
+        simd::store(d, d_s.row(r) + i, lanes);
+      });
     });
-    for (std::int64_t block = 0; block < partial.extent(0); ++block)
-      for (std::int64_t i = 0; i < width; ++i) d_weight(i) += partial(block, i);
+    cpu::add_column_sums(policy.threads, partial.extent(0), width, partial.data(), width, d_weight.data());
   }
 };
 
