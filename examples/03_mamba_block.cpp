@@ -35,7 +35,7 @@ int main() {
   float worst = 0;
   for (std::size_t i = 0; i < whole.logits().size(); ++i)
     worst = std::max(worst, std::abs(whole.logits()[i] - stepwise.logits()[i]));
-  std::printf("\n%zu tokens at once and one by one: logits differ by at most %.1e; the state has %lld bytes\n", text.size(),
-              static_cast<double>(worst), static_cast<long long>(whole.state().bytes()));
+  std::printf("\n%zu tokens at once and one by one: logits differ by at most %.1e; the state has %lld bytes\n",
+              text.size(), static_cast<double>(worst), static_cast<long long>(whole.state().bytes()));
   return worst < 1e-4f ? 0 : 1;
 }

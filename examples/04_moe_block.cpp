@@ -20,7 +20,8 @@ int main() {
     for (std::int64_t j = 0; j < experts; ++j)
       logits(i, j) = random.normal(static_cast<std::uint64_t>(i * experts + j)) + 0.3f * static_cast<float>(j);
 
-  // The selector is argmax_j(beta x_ij + g_j). Without balance g is absent; Sinkhorn finds the g that fills all experts.
+  // The selector is argmax_j(beta x_ij + g_j). Without balance g is absent; Sinkhorn finds the g that fills all
+  // experts.
   auto const offset = bm::zeros<float>(cpu, experts);
   auto const report = bm::zeros<bm::sinkhorn::report>(cpu, 1);
   bm::sinkhorn::forward(cpu, logits, offset, report);

@@ -8,8 +8,8 @@
 
 namespace bm = blackmamba;
 
-// A recurrence for the state-space layer: y_t = h_t = 0.9 h_{t-1} + u_t; what else the layer offers is ignored. Operators are
-// nouns that hand on to the backend of their policy, so that every policy is served, the dry run too.
+// A recurrence for the state-space layer: y_t = h_t = 0.9 h_{t-1} + u_t; what else the layer offers is ignored.
+// Operators are nouns that hand on to the backend of their policy, so that every policy is served, the dry run too.
 struct leaky_integrator {
   template <int N, class P, class T>
   static void forward(P const& policy, std::type_identity_t<bm::selective_scan::inputs<bm::home<P>, T, N>> const& in,
@@ -18,7 +18,8 @@ struct leaky_integrator {
     bm::backend_of<leaky_integrator, P>::forward(policy, in, y);
   }
   template <int N, class P, class T>
-  static void backward(P const& policy, std::type_identity_t<bm::selective_scan::gradient_inputs<bm::home<P>, T, N>> const& in,
+  static void backward(P const& policy,
+                       std::type_identity_t<bm::selective_scan::gradient_inputs<bm::home<P>, T, N>> const& in,
                        std::type_identity_t<bm::selective_scan::gradients<bm::home<P>, T>> const& d) {
     bm::backend_of<leaky_integrator, P>::backward(policy, in, d);
   }
@@ -30,7 +31,8 @@ struct bm::backend<leaky_integrator, bm::device::cpu> {
   static constexpr auto forward = [](auto const&, auto const& in, auto const& y) {
     for (std::int64_t b = 0; b < y.extent(0); ++b)
       for (std::int64_t t = 0; t < y.extent(1); ++t)
-        for (std::int64_t i = 0; i < y.extent(2); ++i) y(b, t, i) = in.u(b, t, i) + (t > 0 ? 0.9f * y(b, t - 1, i) : 0.0f);
+        for (std::int64_t i = 0; i < y.extent(2); ++i)
+          y(b, t, i) = in.u(b, t, i) + (t > 0 ? 0.9f * y(b, t - 1, i) : 0.0f);
   };
   static constexpr auto backward = [](auto const& policy, auto const& in, auto const& d) {
     auto const last = in.u.extent(1) - 1;

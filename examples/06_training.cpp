@@ -1,5 +1,5 @@
-/// Trains a small BlackMamba on a text in memory, saves it half-way, and shows that the run that continues from the file is
-/// the same run.
+/// Trains a small BlackMamba on a text in memory, saves it half-way, and shows that the run that continues from the
+/// file is the same run.
 #include <blackmamba/blackmamba.hpp>
 
 #include <cmath>

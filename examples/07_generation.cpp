@@ -18,7 +18,8 @@ int main() {
   bm::corpus corpus(1);
   corpus.add("sentence", text);
   bm::network<bm::blackmamba_model<config>, bm::device::cpu> net(1);
-  bm::trainer train(net, {.batch = 4, .length = 64, .learning_rate = {.peak = 8e-3, .final = 8e-4, .warmup = 10, .steps = 80}});
+  bm::trainer train(
+      net, {.batch = 4, .length = 64, .learning_rate = {.peak = 8e-3, .final = 8e-4, .warmup = 10, .steps = 80}});
   for (std::uint64_t step = 0; step < 80; ++step) train.step(corpus.sample(4 * step, 4, 65));
 
   auto const print = [](std::int32_t byte) {

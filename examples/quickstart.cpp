@@ -22,7 +22,7 @@ using network_type = bm::network<bm::blackmamba_model<quickstart_config>, bm::de
 struct arguments {
   bm::corpus corpus{1};
   std::string all_text;
-  std::int64_t steps = 1200;
+  std::int64_t steps = 1500;
   std::uint64_t seed = 1;
   std::string checkpoint = "quickstart.safetensors";
 };
@@ -53,7 +53,8 @@ arguments parse(int argc, char** argv) {
       char* end = nullptr;
       long long const n = std::strtoll(value.c_str(), &end, 10);
       if (*end != 0 || value.empty() || n < 1)
-        throw bm::value_error(std::string("quickstart: ") + argv[i] + ": got '" + value + "', expected a number from 1");
+        throw bm::value_error(std::string("quickstart: ") + argv[i] + ": got '" + value +
+                              "', expected a number from 1");
       if (is("--steps")) a.steps = n;
       if (is("--seed")) a.seed = static_cast<std::uint64_t>(n);
     }
@@ -76,20 +77,28 @@ bm::token_batch windows(std::string const& bytes, std::int64_t length, std::int6
   return t;
 }
 
-/// Draws each layer's tokens per expert, and says what Sinkhorn reached. Returns the largest max/mean over the layers.
-double show_experts(network_type const& network) {
+double busiest(std::vector<bm::expert_statistics> const& layers) {
   double worst = 0;
-  std::printf("\ntokens per expert on held-out text, by layer           busiest/mean   Sinkhorn in training: passes, error\n");
-  for (auto const& layer : bm::expert_statistics_of(network)) {
-    std::int64_t const most = std::max<std::int64_t>(*std::max_element(layer.load.begin(), layer.load.end()), 1);
-    static char const* const bars[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
-    std::string chart;
-    for (auto n : layer.load) chart += std::string(bars[(n * 8 + most - 1) / most]) + bars[(n * 8 + most - 1) / most] + " ";
-    std::printf("  %-24s %s        %.2f                  %d, %.1e\n", layer.layer.c_str(), chart.c_str(),
-                layer.max_over_mean(), layer.balance.passes, static_cast<double>(layer.balance.error));
-    worst = std::max(worst, layer.max_over_mean());
-  }
+  for (auto const& layer : layers) worst = std::max(worst, layer.max_over_mean());
   return worst;
+}
+std::string bars(bm::expert_statistics const& layer) {
+  static char const* const heights[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+  std::int64_t const most = std::max<std::int64_t>(*std::max_element(layer.load.begin(), layer.load.end()), 1);
+  std::string chart;
+  for (auto n : layer.load) chart += heights[(n * 8 + most - 1) / most];
+  return chart;
+}
+/// Draws each layer's tokens per expert where Sinkhorn balances them, and on held-out text, where each token goes to
+/// the expert that it prefers.
+void show_experts(std::vector<bm::expert_statistics> const& training,
+                  std::vector<bm::expert_statistics> const& held_out) {
+  std::printf("\ntokens per expert           last training step              held-out text\n");
+  std::printf("                            busiest/mean  Sinkhorn          busiest/mean\n");
+  for (std::size_t i = 0; i < training.size(); ++i)
+    std::printf("  %-23s %s     %.2f  %2d passes, error %.0e    %s     %.2f\n", training[i].layer.c_str(),
+                bars(training[i]).c_str(), training[i].max_over_mean(), training[i].balance.passes,
+                static_cast<double>(training[i].balance.error), bars(held_out[i]).c_str(), held_out[i].max_over_mean());
 }
 
 /// Median microseconds of a decoding step around the given position.
@@ -127,15 +136,17 @@ int run(int argc, char** argv) {
     auto const first = static_cast<std::uint64_t>((step - 1) * batch);
     bar.update(step, train.step(a.corpus.sample(first, batch, length + 1)).loss);
   }
+  auto const training_load = bm::expert_statistics_of(network);
   double const tokens_per_second = static_cast<double>(a.steps * batch * length) / bar.seconds();
 
   double const bits = train.evaluate(windows(a.corpus.held_out(), length, batch, 1024)) / std::log(2.0);
   double const h0 = text::conditional_entropy(a.all_text, 0), h1 = text::conditional_entropy(a.all_text, 1),
                h2 = text::conditional_entropy(a.all_text, 2);
   auto const xz = text::xz_bits_per_byte(a.all_text);
-  std::printf("\nbits per byte: %.3f held out; the text's entropy of order 0: %.3f, 1: %.3f, 2: %.3f; xz -9: %s\n", bits, h0,
-              h1, h2, xz ? std::to_string(*xz).substr(0, 5).c_str() : "not installed");
-  double const worst_load = show_experts(network);
+  std::printf("\nbits per byte: %.3f held out; the text's entropy of order 0: %.3f, 1: %.3f, 2: %.3f; xz -9: %s\n",
+              bits, h0, h1, h2, xz ? std::to_string(*xz).substr(0, 5).c_str() : "not installed");
+  auto const held_out_load = bm::expert_statistics_of(network);
+  show_experts(training_load, held_out_load);
 
   std::string const prompt = "In the beginning ";
   auto const prompt_tokens = bm::byte_tokens(prompt);
@@ -154,18 +165,21 @@ int run(int argc, char** argv) {
   first.prefill(prompt_tokens);
   second.prefill(prompt_tokens);
   bool const same = std::ranges::equal(first.logits(), second.logits());
-  std::printf("\n\ncheckpoint %s: read back, logits are %s\n", a.checkpoint.c_str(), same ? "the same bits" : "DIFFERENT");
+  std::printf("\n\ncheckpoint %s: read back, logits are %s\n", a.checkpoint.c_str(),
+              same ? "the same bits" : "DIFFERENT");
 
   bm::generator timed(network);
   double const at_100 = decode_time(timed, 100), at_20000 = decode_time(timed, 20000);
   std::printf("decoding: %.0f us per token at position 100, %.0f at 20000; state %lld bytes\n\n", at_100, at_20000,
               static_cast<long long>(timed.state().bytes()));
-  std::printf("{\"held_out_bits_per_byte\":%.4f,\"order1_entropy\":%.4f,\"order2_entropy\":%.4f,\"tokens_per_second\":%.1f,"
-              "\"max_over_mean_expert_load\":%.4f,\"decode_us_per_token_at_100\":%.2f,"
-              "\"decode_us_per_token_at_20000\":%.2f,\"state_bytes\":%lld,\"parameters\":%lld,\"active_parameters\":%lld}\n",
-              bits, h1, h2, tokens_per_second, worst_load, at_100, at_20000,
-              static_cast<long long>(timed.state().bytes()), static_cast<long long>(count.total),
-              static_cast<long long>(count.active));
+  std::printf(
+      "{\"held_out_bits_per_byte\":%.4f,\"order1_entropy\":%.4f,\"order2_entropy\":%.4f,\"tokens_per_second\":%.1f,"
+      "\"max_over_mean_expert_load\":%.4f,\"held_out_max_over_mean_expert_load\":%.4f,\"decode_us_per_token_at_100\":%."
+      "2f,"
+      "\"decode_us_per_token_at_20000\":%.2f,\"state_bytes\":%lld,\"parameters\":%lld,\"active_parameters\":%lld}\n",
+      bits, h1, h2, tokens_per_second, busiest(training_load), busiest(held_out_load), at_100, at_20000,
+      static_cast<long long>(timed.state().bytes()), static_cast<long long>(count.total),
+      static_cast<long long>(count.active));
   return same ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 

@@ -1,6 +1,7 @@
-/// A training step of the quickstart's model against Eigen's product at that model's largest size, on the same cores in the
-/// same run. Model FLOPs count 6 for each parameter that multiplies a token (2 forward, 4 backward), the embedding's look-up
-/// excluded and the output layer included; recurrence, norms, routing and the optimizer are overhead.
+/// A training step of the quickstart's model against Eigen's product at that model's largest size, on the same cores in
+/// the same run. Model FLOPs count 6 for each parameter that multiplies a token (2 forward, 4 backward), the
+/// embedding's look-up excluded and the output layer included; recurrence, norms, routing and the optimizer are
+/// overhead.
 #include "support/quickstart_model.hpp"
 
 #include <blackmamba/blackmamba.hpp>
@@ -36,8 +37,8 @@ void training_step(benchmark::State& state) {
   state.counters["tokens"] = benchmark::Counter(tokens_per_step, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-/// tokens x d_ff product of an expert's first layer with all of the batch's tokens: the model's largest. Every core computes its
-/// share of the rows with a plain Eigen product.
+/// tokens x d_ff product of an expert's first layer with all of the batch's tokens: the model's largest. Every core
+/// computes its share of the rows with a plain Eigen product.
 void eigen_largest_product(benchmark::State& state) {
   using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   std::int64_t const rows = batch * length, k = quickstart_config::d_model;

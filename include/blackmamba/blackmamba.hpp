@@ -1,6 +1,6 @@
 #pragma once
-/// Everything, for users. Nothing inside the library includes it; a program that needs one operator compiles faster with that
-/// operator's header alone.
+/// Everything, for users. Nothing inside the library includes it; a program that needs one operator compiles faster
+/// with that operator's header alone.
 
 #include <blackmamba/core/config.hpp>
 #include <blackmamba/core/error.hpp>

@@ -77,7 +77,8 @@ TEST_CASE("generate: streams what it returns, repeats with its seed, stops when 
   CHECK(generate(from, prompt, 20, {.temperature = 2, .seed = 6}, [](std::int32_t) { return true; }) != made);
   from.restore(fresh);
   int count = 0;
-  CHECK(generate(from, prompt, 20, {.temperature = 2, .seed = 5}, [&](std::int32_t) { return ++count < 3; }).size() == 3);
+  CHECK(generate(from, prompt, 20, {.temperature = 2, .seed = 5}, [&](std::int32_t) { return ++count < 3; }).size() ==
+        3);
   from.restore(fresh);
   CHECK(generate(from, prompt, 0, {}, [](std::int32_t) { return true; }).empty());
 }
@@ -103,7 +104,8 @@ TEST_CASE("generator: bad tokens, prompts and a full cache are named") {
         "generator: token 1 of sequence 0: got 11, expected 0 to 10");
   CHECK(test::message_of<shape_error>([&] { from.prefill(none); }) ==
         "generator.prefill: tokens: got an empty prompt, expected at least one token");
-  CHECK(test::message_of<shape_error>([&] { from.step(bad); }) == "generator.step: tokens: got (2, 1), expected (1, 1)");
+  CHECK(test::message_of<shape_error>([&] { from.step(bad); }) ==
+        "generator.step: tokens: got (2, 1), expected (1, 1)");
   CHECK(from.position() == 0);
 
   network<test::tiny_transformer, test_policy> attentive(1, make_policy());

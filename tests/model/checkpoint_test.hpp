@@ -40,8 +40,8 @@ TEST_CASE("checkpoint: what does not fit is named, and nothing is lost") {
 
   tiny_network<float, test::tiny_mamba> mamba_only(1, make_policy());
   save_weights(mamba_only, file.path);
-  CHECK(load() == file.path +
-                      ": holds another model: tensor 'decoder.layers.1.mixer.router.weight': got none, expected (3, 8)");
+  CHECK(load() ==
+        file.path + ": holds another model: tensor 'decoder.layers.1.mixer.router.weight': got none, expected (3, 8)");
   network<blackmamba_model<test::tiny_biased>, test_policy> biased(1, make_policy());
   save_weights(biased, file.path);
   CHECK(load() == file.path + ": holds another model: tensor 'decoder.layers.0.mixer.conv1d.weight': got (16, 2), "

@@ -96,9 +96,9 @@ TEST_CASE_TEMPLATE("language model: every gradient equals central differences", 
           first + test::random_integer(23, static_cast<std::uint64_t>(first + sample), 0, x.size() - 1));
       double const numeric =
           (8 * (loss_at(i, step) - loss_at(i, -step)) - (loss_at(i, 2 * step) - loss_at(i, -2 * step))) / (12 * step);
-      CHECK_MESSAGE(std::abs(gradient[i] - numeric) <= 1e-7 * std::max(scale, 1e-3), e.name << " element " << i - static_cast<std::size_t>(first)
-                                                                              << ": got " << gradient[i] << ", expected "
-                                                                              << numeric);
+      CHECK_MESSAGE(std::abs(gradient[i] - numeric) <= 1e-7 * std::max(scale, 1e-3),
+                    e.name << " element " << i - static_cast<std::size_t>(first) << ": got " << gradient[i]
+                           << ", expected " << numeric);
     }
   });
 }

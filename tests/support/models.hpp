@@ -27,8 +27,9 @@ using tiny_transformer = blackmamba::transformer<tiny_biased>;
 using tiny_transformer_moe = blackmamba::transformer_moe<tiny, blackmamba::plain_gelu, blackmamba::no_balance>;
 /// Mamba and a top-2 mixture side by side.
 using tiny_parallel = blackmamba::language_model<
-    tiny, blackmamba::repeat<2, blackmamba::parallel<blackmamba::rms_norm, blackmamba::mamba<tiny>,
-                                                     blackmamba::moe<tiny, blackmamba::top_k<2, blackmamba::no_balance>>>>>;
+    tiny,
+    blackmamba::repeat<2, blackmamba::parallel<blackmamba::rms_norm, blackmamba::mamba<tiny>,
+                                               blackmamba::moe<tiny, blackmamba::top_k<2, blackmamba::no_balance>>>>>;
 
 using tokens = blackmamba::tensor<blackmamba::space::host, std::int32_t, blackmamba::dyn, blackmamba::dyn>;
 

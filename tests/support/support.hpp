@@ -34,7 +34,8 @@ inline values random_uniform(std::int64_t n, std::uint64_t seed, double low, dou
 }
 /// A whole number in [low, high].
 inline std::int64_t random_integer(std::uint64_t seed, std::uint64_t i, std::int64_t low, std::int64_t high) {
-  return low + static_cast<std::int64_t>(blackmamba::philox(seed, 9).bits(i) % static_cast<std::uint64_t>(high - low + 1));
+  return low +
+         static_cast<std::int64_t>(blackmamba::philox(seed, 9).bits(i) % static_cast<std::uint64_t>(high - low + 1));
 }
 
 /// The values as T in the policy's memory.
@@ -95,7 +96,8 @@ constexpr double unit_roundoff() {
 /// Bound for a result stored as T that sums `terms` products in accum_t<T>.
 template <class T>
 constexpr double tolerance(std::int64_t terms = 1) {
-  return unit_roundoff<T>() + 4.0 * std::sqrt(static_cast<double>(terms) + 1.0) * unit_roundoff<blackmamba::accum_t<T>>();
+  return unit_roundoff<T>() +
+         4.0 * std::sqrt(static_cast<double>(terms) + 1.0) * unit_roundoff<blackmamba::accum_t<T>>();
 }
 
 /// Requires |actual - expected| <= tolerance * max(scale, |expected|) everywhere, where scale is the largest |expected|
@@ -116,11 +118,12 @@ inline void check_close(values const& actual, values const& expected, double tol
     }
   }
   CHECK_MESSAGE(worst <= tolerance, what << ": element " << at << " is " << (actual.empty() ? 0 : actual[at])
-                                         << ", expected " << (expected.empty() ? 0 : expected[at]) << ", relative error "
-                                         << worst << " above " << tolerance);
+                                         << ", expected " << (expected.empty() ? 0 : expected[at])
+                                         << ", relative error " << worst << " above " << tolerance);
 }
 /// As check_close, for results that are differences of numbers as large as `scale` and carry the rounding of those.
-inline void check_close_at_scale(values actual, values expected, double scale, double tolerance, std::string const& what) {
+inline void check_close_at_scale(values actual, values expected, double scale, double tolerance,
+                                 std::string const& what) {
   actual.push_back(scale);
   expected.push_back(scale);
   check_close(actual, expected, tolerance, what);

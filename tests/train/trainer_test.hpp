@@ -71,7 +71,8 @@ TEST_CASE_TEMPLATE("trainer: a run that is saved and loaded goes on bit for bit"
   c.load(file.path);
   CHECK(c.step_count() == 6);
   for (std::int64_t k = 6; k < 12; ++k) c.step(batch(k));
-  test::check_equal(test::download(after.memory().matrices()), test::download(straight.memory().matrices()), "matrices");
+  test::check_equal(test::download(after.memory().matrices()), test::download(straight.memory().matrices()),
+                    "matrices");
   test::check_equal(test::download(after.memory().vectors()), test::download(straight.memory().vectors()), "vectors");
   test::check_equal(test::download(after.memory().buffers()), test::download(straight.memory().buffers()), "buffers");
 }

@@ -62,7 +62,8 @@ struct memory {
  private:
   template <class From, class To>
   static void check_sizes(char const* op, From const& from, To const& to) {
-    check_that(from.size() == to.size(), op, "to", detail::shape_text(to.extents()), detail::shape_text(from.extents()));
+    check_that(from.size() == to.size(), op, "to", detail::shape_text(to.extents()),
+               detail::shape_text(from.extents()));
     check_that(from.contiguous() && to.contiguous(), op, "from, to", "a strided view", "contiguous views");
   }
 };

@@ -61,7 +61,8 @@ struct bfloat16 {
   friend bool operator==(bfloat16, bfloat16) = default;  // bitwise
 };
 
-/// IEEE binary16 storage: 5 exponent bits, 10 fraction bits. Arithmetic happens in float; conversions round to nearest even.
+/// IEEE binary16 storage: 5 exponent bits, 10 fraction bits. Arithmetic happens in float; conversions round to nearest
+/// even.
 struct half {
   std::uint16_t bits;
 

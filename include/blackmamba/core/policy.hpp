@@ -103,8 +103,8 @@ struct home_of<P, space::device> {
 #endif
 }  // namespace detail
 
-/// The library's own policy of P's memory space; P itself in a space of its own. Argument aggregates are those of home<P>, so
-/// that a policy that wraps another one hands its arguments on as they are.
+/// The library's own policy of P's memory space; P itself in a space of its own. Argument aggregates are those of
+/// home<P>, so that a policy that wraps another one hands its arguments on as they are.
 template <device_policy P>
 using home = typename detail::home_of<P>::type;
 

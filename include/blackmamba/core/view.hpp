@@ -18,9 +18,9 @@ struct device {};
 
 /// A non-owning, typed, strided block of memory: space, element type and rank are static, each extent static or dyn.
 ///
-/// The last dimension is contiguous; every other has its own stride (in elements, 64-bit), so that a slice of columns is
-/// a view too. A default-constructed view is absent: optional arguments are views that may be absent.
-/// Copying a view copies the reference, not the data; constness of the data is T's.
+/// The last dimension is contiguous; every other has its own stride (in elements, 64-bit), so that a slice of columns
+/// is a view too. A default-constructed view is absent: optional arguments are views that may be absent. Copying a view
+/// copies the reference, not the data; constness of the data is T's.
 template <class Space, class T, int... Extents>
 class view {
  public:
@@ -145,7 +145,9 @@ class view {
     return part;
   }
   /// The same view with every extent dyn.
-  BLACKMAMBA_HD constexpr auto as_dynamic() const { return view<Space, T, (static_cast<void>(Extents), dyn)...>(*this); }
+  BLACKMAMBA_HD constexpr auto as_dynamic() const {
+    return view<Space, T, (static_cast<void>(Extents), dyn)...>(*this);
+  }
 
   /// Restricts dimension i to [first, first + count). Precondition: that dimension is dyn or keeps its extent.
   BLACKMAMBA_HD constexpr void narrow(int i, std::int64_t first, std::int64_t count) {

@@ -60,7 +60,9 @@ class arena {
   }
 
   /// Bytes that a block of this many bytes takes.
-  static constexpr std::size_t rounded_bytes(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+  static constexpr std::size_t rounded_bytes(std::size_t bytes) {
+    return (bytes + alignment - 1) / alignment * alignment;
+  }
 
   std::size_t used() const { return used_; }
   std::size_t peak() const { return peak_; }

@@ -9,9 +9,9 @@
 
 namespace blackmamba {
 
-/// Everything that a batch of sequences carries from token to token: the states of all layers in one run of memory. Its size is
-/// constant in the length of the text (but for attention layers, whose caches hold `capacity` tokens). It can be copied, saved
-/// and read back: the text then goes on from there, as often as one likes.
+/// Everything that a batch of sequences carries from token to token: the states of all layers in one run of memory. Its
+/// size is constant in the length of the text (but for attention layers, whose caches hold `capacity` tokens). It can
+/// be copied, saved and read back: the text then goes on from there, as often as one likes.
 template <class Network>
 class generation_state {
  public:
@@ -89,7 +89,8 @@ class generation_state {
  private:
   std::int64_t bind(std::int64_t* base) {
     std::int64_t words = 0;
-    arch::visit_state(views_, batch_, capacity_, [&](entry const& e, auto& v) { detail::bind_view(v, e, base, words); });
+    arch::visit_state(views_, batch_, capacity_,
+                      [&](entry const& e, auto& v) { detail::bind_view(v, e, base, words); });
     return words;
   }
 

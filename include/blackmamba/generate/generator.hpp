@@ -17,8 +17,8 @@ struct generation_options {
   std::int64_t prefill_chunk = 512;  ///< prompts are read in pieces of at most this many tokens
 };
 
-/// Reads prompts and gives the next token's logits, one step per token in constant time and memory. All memory is taken when the
-/// generator is built, its size found by a dry run.
+/// Reads prompts and gives the next token's logits, one step per token in constant time and memory. All memory is taken
+/// when the generator is built, its size found by a dry run.
 template <class Network>
 class generator {
  public:
@@ -55,7 +55,8 @@ class generator {
     fetch();
   }
   void prefill(std::span<std::int32_t const> tokens) {
-    prefill(host_view<std::int32_t const, dyn, dyn>(tokens.data(), std::int64_t{1}, static_cast<std::int64_t>(tokens.size())));
+    prefill(host_view<std::int32_t const, dyn, dyn>(tokens.data(), std::int64_t{1},
+                                                    static_cast<std::int64_t>(tokens.size())));
   }
   /// One token for each sequence.
   void step(std::span<std::int32_t const> tokens) {

@@ -25,9 +25,11 @@ class sampler {
   /// @throws value_error where an option is outside its domain
   explicit sampler(sampling_options const& options) : options_(options), random_(options.seed, 0x73616d706c65u) {
     auto const check = [](bool good, char const* name, double got, char const* expected) {
-      if (!good) throw value_error("sampler: " + std::string(name) + ": got " + std::to_string(got) + ", expected " + expected);
+      if (!good)
+        throw value_error("sampler: " + std::string(name) + ": got " + std::to_string(got) + ", expected " + expected);
     };
-    check(options.temperature >= 0 && std::isfinite(options.temperature), "temperature", options.temperature, "at least 0");
+    check(options.temperature >= 0 && std::isfinite(options.temperature), "temperature", options.temperature,
+          "at least 0");
     check(options.top_k >= 0, "top_k", options.top_k, "at least 0");
     check(options.top_p > 0 && options.top_p <= 1, "top_p", options.top_p, "in (0, 1]");
   }

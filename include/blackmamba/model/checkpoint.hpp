@@ -39,7 +39,8 @@ void write_tensors(safetensors::writer& file, Memory const& memory, P const& pol
   });
 }
 
-/// Compares a file's tensors with those that a memory expects; the first difference, in the model's order, is the message.
+/// Compares a file's tensors with those that a memory expects; the first difference, in the model's order, is the
+/// message.
 template <class Network, class Memory>
 void check_tensors(safetensors::reader const& file, Memory const& memory, std::string const& prefix, bool buffers_too) {
   std::map<std::string, bool> known;
@@ -86,8 +87,8 @@ void read_tensors(safetensors::reader& file, Memory const& memory, std::string c
 
 }  // namespace detail
 
-/// Writes a network's weights (and balance offsets) in its storage type, under the published names. The file appears whole or
-/// not at all. @throws file_error
+/// Writes a network's weights (and balance offsets) in its storage type, under the published names. The file appears
+/// whole or not at all. @throws file_error
 template <class Network>
 void save_weights(Network const& network, std::string const& path) {
   safetensors::writer file(path);
@@ -97,8 +98,9 @@ void save_weights(Network const& network, std::string const& path) {
   file.finish();
 }
 
-/// Reads weights of any floating-point type into a network's storage type. Every tensor must be there with the network's
-/// shape, and no other; tensors named "…/…" (a trainer's state) are passed over. On error the network is as it was.
+/// Reads weights of any floating-point type into a network's storage type. Every tensor must be there with the
+/// network's shape, and no other; tensors named "…/…" (a trainer's state) are passed over. On error the network is as
+/// it was.
 /// @throws file_error naming the first tensor that differs, got and expected
 template <class Network>
 void load_weights(Network& network, std::string const& path) {

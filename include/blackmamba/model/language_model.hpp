@@ -53,8 +53,8 @@ struct language_model {
   /// Which rows the logits are wanted of.
   enum class rows { all, last };
 
-  /// logits (B L, vocab), or of the last token of each sequence alone (B, vocab). With a state, continues from it. Y is T or
-  /// accum_t<T>.
+  /// logits (B L, vocab), or of the last token of each sequence alone (B, vocab). With a state, continues from it. Y is
+  /// T or accum_t<T>.
   template <device_policy P, storage T, storage Y, class S>
   static void forward(context<P> const& c, parameters<S, T> const& p, in<P, std::int32_t, dyn> token, rows which,
                       out<P, Y, dyn, dyn> logits, saved<S, T>& keep, state<S, T>* carried = nullptr) {

@@ -14,8 +14,8 @@ namespace blackmamba {
 
 namespace detail {
 
-/// Binds a described view to memory at `base` and moves `used`, in elements of the memory, on to the next multiple of 128:
-/// offsets are the same in the memories of weights, gradients and moments, whatever their types.
+/// Binds a described view to memory at `base` and moves `used`, in elements of the memory, on to the next multiple of
+/// 128: offsets are the same in the memories of weights, gradients and moments, whatever their types.
 template <class View, class T>
 void bind_view(View& v, entry const& e, T* base, std::int64_t& used) {
   using element = typename View::element_type;
@@ -32,9 +32,9 @@ void bind_view(View& v, entry const& e, T* base, std::int64_t& used) {
 
 }  // namespace detail
 
-/// The parameters of an architecture in one run of memory for each kind, in the order of the architecture's visit. Padding
-/// between tensors is zero and stays zero under any update that maps zero to zero. Where T is its own accumulation type,
-/// vectors follow the matrices without a gap: flat() is both.
+/// The parameters of an architecture in one run of memory for each kind, in the order of the architecture's visit.
+/// Padding between tensors is zero and stays zero under any update that maps zero to zero. Where T is its own
+/// accumulation type, vectors follow the matrices without a gap: flat() is both.
 template <class Arch, class Space, storage T>
 class parameter_memory {
  public:

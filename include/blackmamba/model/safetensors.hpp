@@ -54,8 +54,8 @@ inline std::uint64_t dtype_bytes(std::string_view dtype) {
 
 namespace detail {
 
-/// The subset of JSON that a safetensors header is made of: objects of strings, of whole numbers and of arrays of these. Nesting
-/// has a fixed depth, so no input can exhaust the stack.
+/// The subset of JSON that a safetensors header is made of: objects of strings, of whole numbers and of arrays of
+/// these. Nesting has a fixed depth, so no input can exhaust the stack.
 class header_parser {
  public:
   header_parser(std::string_view text, std::string const& file) : text_(text), file_(file) {}
@@ -78,7 +78,8 @@ class header_parser {
           has_shape = true;
         } else if (key == "data_offsets") {
           auto const n = numbers();
-          if (n.size() != 2) fail("tensor '" + name + "' has " + std::to_string(n.size()) + " data_offsets, expected 2");
+          if (n.size() != 2)
+            fail("tensor '" + name + "' has " + std::to_string(n.size()) + " data_offsets, expected 2");
           t.begin = n[0];
           t.end = n[1];
           has_offsets = true;
@@ -224,8 +225,8 @@ inline std::string quoted(std::string const& s) {
 
 }  // namespace detail
 
-/// Parses and checks a header against the size of the data that follows it: known dtypes, offsets that match the shapes, lie
-/// inside the data, and do not overlap. Throws file_error that names the file and the tensor.
+/// Parses and checks a header against the size of the data that follows it: known dtypes, offsets that match the
+/// shapes, lie inside the data, and do not overlap. Throws file_error that names the file and the tensor.
 inline header parse_header(std::string_view text, std::uint64_t data_bytes, std::string const& file) {
   header h = detail::header_parser(text, file).parse();
   std::vector<std::pair<std::uint64_t, std::pair<std::uint64_t, std::string const*>>> ranges;
@@ -264,12 +265,13 @@ class reader {
     if (!in_ || none) throw file_error(path_ + ": can't be read");
     unsigned char length[8];
     if (size < 8 || !in_.read(reinterpret_cast<char*>(length), 8))
-      throw file_error(path_ + ": not a safetensors file: it has " + std::to_string(size) + " bytes, expected at least 8");
+      throw file_error(path_ + ": not a safetensors file: it has " + std::to_string(size) +
+                       " bytes, expected at least 8");
     std::uint64_t n = 0;
     for (int i = 7; i >= 0; --i) n = n << 8 | length[i];
     if (n > size - 8)
-      throw file_error(path_ + ": not a safetensors file: its header claims " + std::to_string(n) + " bytes, the file has " +
-                       std::to_string(size));
+      throw file_error(path_ + ": not a safetensors file: its header claims " + std::to_string(n) +
+                       " bytes, the file has " + std::to_string(size));
     std::string text(static_cast<std::size_t>(n), '\0');
     if (!in_.read(text.data(), static_cast<std::streamsize>(n))) throw file_error(path_ + ": can't be read");
     data_ = 8 + n;
@@ -361,7 +363,8 @@ class writer {
   template <class T>
   void write(T const* data, std::int64_t count) {
     if (!out_.is_open()) open();
-    out_.write(reinterpret_cast<char const*>(data), static_cast<std::streamsize>(count) * static_cast<std::streamsize>(sizeof(T)));
+    out_.write(reinterpret_cast<char const*>(data),
+               static_cast<std::streamsize>(count) * static_cast<std::streamsize>(sizeof(T)));
     written_ += static_cast<std::uint64_t>(count) * sizeof(T);
   }
   void finish() {

@@ -7,8 +7,8 @@
 
 namespace blackmamba {
 
-/// Balance rules. All of them route by the same selector, argmax_j(beta x_ij + g_j) over the router's logits x; a rule says
-/// how the E numbers g come about. A rule of one's own is a type with these members:
+/// Balance rules. All of them route by the same selector, argmax_j(beta x_ij + g_j) over the router's logits x; a rule
+/// says how the E numbers g come about. A rule of one's own is a type with these members:
 ///
 ///   beta            scale of the logits in the selector
 ///   at_inference    whether g takes part when the model is not training
@@ -29,7 +29,8 @@ struct no_balance {
   static void after(context<P> const&, expert_dispatch::routing<home<P>> const&, out<P, A, dyn>, int) {}
 };
 
-/// Sinkhorn balancing in training, starting from the previous step's solution (BlackMamba, arXiv 2402.01771, section 3).
+/// Sinkhorn balancing in training, starting from the previous step's solution (BlackMamba, arXiv 2402.01771, section
+/// 3).
 template <>
 struct balance_rule<sinkhorn> : no_balance {
   static constexpr double beta = 2;
@@ -40,7 +41,8 @@ struct balance_rule<sinkhorn> : no_balance {
   }
 };
 
-/// Auxiliary-loss-free bias (Wang et al., arXiv 2408.15664): after a step, g moves against the sign of the load's excess.
+/// Auxiliary-loss-free bias (Wang et al., arXiv 2408.15664): after a step, g moves against the sign of the load's
+/// excess.
 template <>
 struct balance_rule<load_bias> : no_balance {
   static constexpr bool at_inference = true;

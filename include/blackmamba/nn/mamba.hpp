@@ -138,8 +138,8 @@ struct mamba {
 
   /// d_x = gradient with respect to x; d += gradients of the parameters.
   template <device_policy P, storage T, class S>
-  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep, in<P, T, dyn, dyn> d_out,
-                       out<P, T, dyn, dyn> d_x, parameters<S, accum_t<T>> const& d) {
+  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep,
+                       in<P, T, dyn, dyn> d_out, out<P, T, dyn, dyn> d_x, parameters<S, accum_t<T>> const& d) {
     auto const B = c.batch, L = c.length;
     auto const scope = c.scope();
     auto const d_xz = c.template allocate<T>(B, L, 2 * d_inner);
@@ -172,9 +172,9 @@ struct mamba {
                                             .d_z = d_xz.columns(d_inner, d_inner),
                                             .d_delta_bias = d.dt_bias});
     auto const d_dt = d_projections.rows().columns(0, dt_rank);
-    linear::backward<P, T>(c.policy,
-                           {.x = keep.projections.rows().columns(0, dt_rank), .weight = p.dt_proj, .d_y = d_delta.rows()},
-                           {.d_x = d_dt, .d_weight = d.dt_proj});
+    linear::backward<P, T>(
+        c.policy, {.x = keep.projections.rows().columns(0, dt_rank), .weight = p.dt_proj, .d_y = d_delta.rows()},
+        {.d_x = d_dt, .d_weight = d.dt_proj});
     linear::backward<P, T>(c.policy, {.x = keep.u.rows(), .weight = p.x_proj, .d_y = d_projections.rows()},
                            {.d_x = d_u.rows(), .d_weight = d.x_proj, .d_x_update = update::accumulate});
     causal_conv1d::backward<P, T>(c.policy,

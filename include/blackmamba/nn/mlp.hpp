@@ -27,13 +27,15 @@ template <class Activation, device_policy P, storage T>
 void activate(P const& policy, view<typename P::memory_space, T, dyn, dyn> h, int d_ff,
               view<typename P::memory_space, T, dyn, dyn> y) {
   if constexpr (Activation::gated)
-    gated_activation::forward<typename Activation::function, P, T>(policy, h.columns(0, d_ff), h.columns(d_ff, d_ff), y);
+    gated_activation::forward<typename Activation::function, P, T>(policy, h.columns(0, d_ff), h.columns(d_ff, d_ff),
+                                                                   y);
   else
     gated_activation::forward<typename Activation::function, P, T>(policy, h, {}, y);
 }
 template <class Activation, device_policy P, storage T>
 void activate_backward(P const& policy, view<typename P::memory_space, T, dyn, dyn> h, int d_ff,
-                       view<typename P::memory_space, T, dyn, dyn> d_y, view<typename P::memory_space, T, dyn, dyn> d_h) {
+                       view<typename P::memory_space, T, dyn, dyn> d_y,
+                       view<typename P::memory_space, T, dyn, dyn> d_h) {
   if constexpr (Activation::gated)
     gated_activation::backward<typename Activation::function, P, T>(
         policy, {.gate = h.columns(0, d_ff), .up = h.columns(d_ff, d_ff), .d_y = d_y},

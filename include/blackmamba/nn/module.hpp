@@ -11,9 +11,9 @@
 
 /// The vocabulary of modules.
 ///
-/// A *mixer* maps hidden states x (tokens, d_model) to y (tokens, d_model): mamba, moe, mlp, attention. A *block* moves the
-/// residual stream one or more layers on: prenorm, parallel, stack, repeat. Both are types without data. What they own is
-/// described by nested templates on memory space and storage type, plain structs of views:
+/// A *mixer* maps hidden states x (tokens, d_model) to y (tokens, d_model): mamba, moe, mlp, attention. A *block* moves
+/// the residual stream one or more layers on: prenorm, parallel, stack, repeat. Both are types without data. What they
+/// own is described by nested templates on memory space and storage type, plain structs of views:
 ///
 ///   parameters<S, T>   weights; parameters<S, accum_t<T>> is the type of their gradients
 ///   saved<S, T>        what forward hands to backward
@@ -89,8 +89,8 @@ struct initial {
   }
 };
 
-/// One named tensor of a model. A "{e}" in the name stands for the index of the first dimension, along which the tensor is
-/// stored as several.
+/// One named tensor of a model. A "{e}" in the name stands for the index of the first dimension, along which the tensor
+/// is stored as several.
 struct entry {
   std::string name;
   kind what = kind::vector;

@@ -7,8 +7,8 @@
 
 namespace blackmamba {
 
-/// Which experts a token visits: the K best by the balance rule's selector, weighted by Gate of their raw logits. Capacity is
-/// the most rows of an expert, as a multiple of the balanced load in hundredths; 0 drops nothing.
+/// Which experts a token visits: the K best by the balance rule's selector, weighted by Gate of their raw logits.
+/// Capacity is the most rows of an expert, as a multiple of the balanced load in hundredths; 0 drops nothing.
 template <int K, class Balance, gate_function Gate = K == 1 ? gate_function::sigmoid : gate_function::softmax_selected,
           int CapacityPercent = 0>
 struct top_k {
@@ -26,7 +26,8 @@ using top1 = top_k<1, Balance>;
 ///   logits = router(hidden)        expert, gate = Routing(logits)
 ///   out[i,:] = sum over its experts e of gate[i,e] linear_fc2_e(act(linear_fc1_e(hidden[i,:])))
 ///
-/// The gradient reaches the router through the gates alone. In inference no balance rule acts, but for rules that say so.
+/// The gradient reaches the router through the gates alone. In inference no balance rule acts, but for rules that say
+/// so.
 template <class Config, class Routing, class Activation = swiglu>
 struct moe : stateless {
   static constexpr int d_model = Config::d_model;
@@ -77,7 +78,8 @@ struct moe : stateless {
     v(entry{expert + "linear_fc1.weight", kind::matrix, {experts, d_fc1, d_model}, fan_in(d_model), active}, p.fc1);
     if (biased)
       v(entry{expert + "linear_fc1.bias", kind::vector, {experts, d_fc1}, initial::constant(0), active}, p.fc1_bias);
-    v(entry{expert + "linear_fc2.weight", kind::matrix, {experts, d_model, d_ff}, fan_in(d_ff).residual(), active}, p.fc2);
+    v(entry{expert + "linear_fc2.weight", kind::matrix, {experts, d_model, d_ff}, fan_in(d_ff).residual(), active},
+      p.fc2);
     if (biased)
       v(entry{expert + "linear_fc2.bias", kind::vector, {experts, d_model}, initial::constant(0), active}, p.fc2_bias);
     v(entry{prefix + "load", kind::statistic, {experts + 1}}, p.load);

@@ -5,8 +5,8 @@
 
 namespace blackmamba {
 
-/// A normalisation as part of a network: its parameters, what it saves, forward with the residual add, backward. Specialised
-/// for rms_norm and layer_norm; a norm of one's own is one more specialisation.
+/// A normalisation as part of a network: its parameters, what it saves, forward with the residual add, backward.
+/// Specialised for rms_norm and layer_norm; a norm of one's own is one more specialisation.
 template <class Norm, int Width>
 struct norm_layer;
 
@@ -35,8 +35,8 @@ struct norm_layer<rms_norm, Width> {
   }
   /// d_sum = d_sum + the norm's gradient
   template <device_policy P, storage T, class S>
-  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep,
-                       in<P, T, dyn, dyn> d_y, out<P, accum_t<T>, dyn, dyn> d_sum, in<P, accum_t<T>, dyn, dyn> d_residual,
+  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep, in<P, T, dyn, dyn> d_y,
+                       out<P, accum_t<T>, dyn, dyn> d_sum, in<P, accum_t<T>, dyn, dyn> d_residual,
                        parameters<S, accum_t<T>> const& d) {
     rms_norm::backward<P, T, accum_t<T>>(
         c.policy, {.sum = keep.sum, .rstd = keep.rstd, .weight = p.weight, .d_y = d_y, .d_residual = d_residual}, d_sum,
@@ -73,8 +73,8 @@ struct norm_layer<layer_norm, Width> {
                         {.sum = keep.sum, .rstd = keep.rstd, .mean = keep.mean});
   }
   template <device_policy P, storage T, class S>
-  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep,
-                       in<P, T, dyn, dyn> d_y, out<P, accum_t<T>, dyn, dyn> d_sum, in<P, accum_t<T>, dyn, dyn> d_residual,
+  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep, in<P, T, dyn, dyn> d_y,
+                       out<P, accum_t<T>, dyn, dyn> d_sum, in<P, accum_t<T>, dyn, dyn> d_residual,
                        parameters<S, accum_t<T>> const& d) {
     layer_norm::backward<P, T, accum_t<T>>(c.policy,
                                            {.sum = keep.sum,

@@ -93,7 +93,8 @@ struct prenorm {
                                      d.norm_parameters);
   }
   template <device_policy P, storage T, class S>
-  static void step(context<P> const& c, parameters<S, T> const& p, residual_stream<S, T>& stream, state<S, T>& carried) {
+  static void step(context<P> const& c, parameters<S, T> const& p, residual_stream<S, T>& stream,
+                   state<S, T>& carried) {
     auto const scope = c.scope();
     typename norm::template saved<S, T> keep;
     keep.sum = stream.buffer;
@@ -104,8 +105,8 @@ struct prenorm {
   }
 };
 
-/// Two mixers side by side on one stream: stream += A(Norm(stream)) + B(Norm'(stream)), each with a norm of its own. The
-/// parallel variant of BlackMamba's reference code, where B is an mlp or an moe.
+/// Two mixers side by side on one stream: stream += A(Norm(stream)) + B(Norm'(stream)), each with a norm of its own.
+/// The parallel variant of BlackMamba's reference code, where B is an mlp or an moe.
 template <class Norm, class A, class B>
 struct parallel {
   static_assert(mixer<A> && mixer<B>, "blackmamba: parallel: the second and third argument must be mixers; give them "
@@ -167,7 +168,8 @@ struct parallel {
     norm::template backward<P, T, S>(c, p.norm_b, keep.norm_b, d_x_b, d_stream, d_stream, d.norm_b);
   }
   template <device_policy P, storage T, class S>
-  static void step(context<P> const& c, parameters<S, T> const& p, residual_stream<S, T>& stream, state<S, T>& carried) {
+  static void step(context<P> const& c, parameters<S, T> const& p, residual_stream<S, T>& stream,
+                   state<S, T>& carried) {
     auto const scope = c.scope();
     saved<S, T> keep;
     run(c, p, stream, keep, [&](auto const& x_a, auto const& x_b, auto const& y_a, auto const& y_b) {

@@ -8,7 +8,8 @@
 
 namespace blackmamba {
 
-/// Causal multi-head self-attention with rotary positions (Vaswani et al., arXiv 1706.03762; Su et al., arXiv 2104.09864):
+/// Causal multi-head self-attention with rotary positions (Vaswani et al., arXiv 1706.03762; Su et al., arXiv
+/// 2104.09864):
 ///
 ///   q, k, v = qkv_proj(hidden)     out = out_proj(attention(q, k, v))
 template <class Config>
@@ -79,8 +80,8 @@ struct self_attention {
   }
 
   template <device_policy P, storage T, class S>
-  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep, in<P, T, dyn, dyn> d_out,
-                       out<P, T, dyn, dyn> d_x, parameters<S, accum_t<T>> const& d) {
+  static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep,
+                       in<P, T, dyn, dyn> d_out, out<P, T, dyn, dyn> d_x, parameters<S, accum_t<T>> const& d) {
     auto const scope = c.scope();
     auto const d_y = c.template allocate<T>(d_out.extent(0), d_q);
     auto const d_qkv_rows = c.template allocate<T>(d_out.extent(0), d_qkv);

@@ -51,7 +51,8 @@ struct stack {
     });
   }
   template <device_policy P, storage T, class S>
-  static void step(context<P> const& c, parameters<S, T> const& p, residual_stream<S, T>& stream, state<S, T>& carried) {
+  static void step(context<P> const& c, parameters<S, T> const& p, residual_stream<S, T>& stream,
+                   state<S, T>& carried) {
     each([&]<class Block, std::size_t I>() {
       Block::template step<P, T, S>(c, std::get<I>(p.part), stream, std::get<I>(carried.part));
     });
@@ -114,7 +115,8 @@ struct repeat {
       Block::template backward<P, T, S>(c, p.part[i], keep.part[i], d_stream, d.part[i]);
   }
   template <device_policy P, storage T, class S>
-  static void step(context<P> const& c, parameters<S, T> const& p, residual_stream<S, T>& stream, state<S, T>& carried) {
+  static void step(context<P> const& c, parameters<S, T> const& p, residual_stream<S, T>& stream,
+                   state<S, T>& carried) {
     for (std::size_t i = 0; i < N; ++i) Block::template step<P, T, S>(c, p.part[i], stream, carried.part[i]);
   }
 };

@@ -25,8 +25,8 @@ inline std::vector<std::int32_t> byte_tokens(std::string_view text) {
   return tokens;
 }
 
-/// A weighted mixture of byte texts. The tail of every text is held out from training. Which window a training example is depends
-/// on the seed and the example's number alone, so a resumed run sees the same examples.
+/// A weighted mixture of byte texts. The tail of every text is held out from training. Which window a training example
+/// is depends on the seed and the example's number alone, so a resumed run sees the same examples.
 class corpus {
  public:
   struct options {
@@ -41,7 +41,8 @@ class corpus {
   /// @throws value_error where the text is empty or the weight is not positive
   void add(std::string name, std::string text, double weight = 1) {
     if (text.empty()) throw value_error("corpus: " + name + ": the text is empty, expected at least one byte");
-    if (!(weight > 0)) throw value_error("corpus: " + name + ": weight: got " + std::to_string(weight) + ", expected > 0");
+    if (!(weight > 0))
+      throw value_error("corpus: " + name + ": weight: got " + std::to_string(weight) + ", expected > 0");
     auto const tail = std::min(static_cast<std::int64_t>(options_.held_out * static_cast<double>(text.size())),
                                options_.held_out_most);
     source s{std::move(name), std::move(text), weight, 0};

@@ -33,10 +33,11 @@ struct step_report {
   double learning_rate = 0;
 };
 
-/// Trains a network: forward, backward, AdamW. All memory is taken when the trainer is built, its size found by a dry run of
-/// the same step; a step allocates nothing on the device.
+/// Trains a network: forward, backward, AdamW. All memory is taken when the trainer is built, its size found by a dry
+/// run of the same step; a step allocates nothing on the device.
 ///
-/// Weights in 16-bit storage have fp32 masters here; gradients, moments and the residual stream are fp32 (double for double).
+/// Weights in 16-bit storage have fp32 masters here; gradients, moments and the residual stream are fp32 (double for
+/// double).
 template <class Network>
 class trainer {
  public:
@@ -86,8 +87,8 @@ class trainer {
     for (std::int64_t i = 0; i < options_.accumulation; ++i) report.loss += static_cast<double>(losses(i) * scale);
     report.gradient_norm = static_cast<double>(norm(0));
     if (!std::isfinite(report.loss) || !std::isfinite(report.gradient_norm))
-      throw value_error("trainer.step: step " + std::to_string(report.step) + ": loss is " + std::to_string(report.loss) +
-                        ", gradient norm is " + std::to_string(report.gradient_norm) +
+      throw value_error("trainer.step: step " + std::to_string(report.step) + ": loss is " +
+                        std::to_string(report.loss) + ", gradient norm is " + std::to_string(report.gradient_norm) +
                         ", expected finite numbers; the weights are unchanged");
     ++step_;
     return report;
@@ -109,8 +110,9 @@ class trainer {
       memory::download(policy, losses_.slice(0, 1), loss.as_view());
       total += static_cast<double>(loss(0));
       if (!std::isfinite(total))
-        throw value_error("trainer.evaluate: rows " + std::to_string(r) + " to " + std::to_string(r + options_.batch - 1) +
-                          ": loss is " + std::to_string(total) + ", expected a finite number");
+        throw value_error("trainer.evaluate: rows " + std::to_string(r) + " to " +
+                          std::to_string(r + options_.batch - 1) + ": loss is " + std::to_string(total) +
+                          ", expected a finite number");
     }
     return total / static_cast<double>(std::max<std::int64_t>(tokens.extent(0) * options_.length, 1));
   }
@@ -123,8 +125,8 @@ class trainer {
   /// Bytes of the arena, found by the dry run.
   std::size_t workspace_bytes() const { return workspace_.capacity(); }
 
-  /// Writes weights, balance offsets, masters, moments and the step. A run that continues from the file goes on bit for bit. The
-  /// file appears whole or not at all. @throws file_error
+  /// Writes weights, balance offsets, masters, moments and the step. A run that continues from the file goes on bit for
+  /// bit. The file appears whole or not at all. @throws file_error
   void save(std::string const& path) const {
     safetensors::writer file(path);
     P const policy = network_.policy();
@@ -256,7 +258,8 @@ class trainer {
                          .second_moment = second_moment_.vectors()},
                         norm_, vectors, how);
     } else {
-      adamw::group const groups[] = {{.end = n, .weight_decay = options_.weight_decay}, {.end = all, .weight_decay = 0}};
+      adamw::group const groups[] = {{.end = n, .weight_decay = options_.weight_decay},
+                                     {.end = all, .weight_decay = 0}};
       adamw::step<P, T>(policy,
                         {.parameter = network_.memory().flat(),
                          .gradient = gradient_.flat(),

@@ -14,8 +14,8 @@ namespace blackmamba {
 ///   p[b,t,d] = bias[d] + sum over k of weight[d,k] x[b, t - (K-1) + k, d],     y = p, or silu(p)
 ///
 /// where x before the sequence is the initial state (zeros without one), and the final state is the last K-1 inputs.
-/// Arithmetic in accum_t<T>. Packed sequences give the bits that they give alone; a text in pieces, with the state handed on,
-/// those of the whole. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda.
+/// Arithmetic in accum_t<T>. Packed sequences give the bits that they give alone; a text in pieces, with the state
+/// handed on, those of the whole. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda.
 struct causal_conv1d {
   /// S is the number of packed sequences, or B.
   template <device_policy P, storage T>

@@ -12,8 +12,9 @@
 
 namespace blackmamba {
 
-/// Tasks are blocks of steps of one sequence times tiles of channels. Within one, a pack of channels goes through time with the
-/// last K inputs (backward: and the last K gradients) in registers: every value is read once, and K-1 steps at a seam twice.
+/// Tasks are blocks of steps of one sequence times tiles of channels. Within one, a pack of channels goes through time
+/// with the last K inputs (backward: and the last K gradients) in registers: every value is read once, and K-1 steps at
+/// a seam twice.
 template <>
 struct backend<causal_conv1d, device::cpu> {
   template <class Inputs, class T>
@@ -26,6 +27,7 @@ struct backend<causal_conv1d, device::cpu> {
         taps<V, K> const w(in.weight, in.bias, channel, lanes);
         auto const input = inputs_of<V, T>(in, at, channel, lanes);
         window<V, K> past;
+        past[0] = 0;  // shifted out by the first input
         for (int k = 1; k < K; ++k) past[k] = input(at.begin - K + k);
         for (std::int64_t t = at.begin; t < at.end; ++t) {
           shift(past, input(t));
@@ -39,9 +41,9 @@ struct backend<causal_conv1d, device::cpu> {
     });
   }
 
-  /// With g = d_p, going forward in time: d_x[t - (K-1)] = sum over k of weight[k] g[t - k], where the g of K steps are at
-  /// hand once step t is done. Times before the sequence are the initial state's; what the final state's gradient adds is
-  /// that of the input which it holds.
+  /// With g = d_p, going forward in time: d_x[t - (K-1)] = sum over k of weight[k] g[t - k], where the g of K steps are
+  /// at hand once step t is done. Times before the sequence are the initial state's; what the final state's gradient
+  /// adds is that of the input which it holds.
   template <class Inputs, class Gradients, class A>
   static void backward(device::cpu const& policy, Inputs const& in, Gradients const& d,
                        host_view<A, dyn, dyn, dyn> partial) {
@@ -59,6 +61,7 @@ struct backend<causal_conv1d, device::cpu> {
         window<V, K> past, g, d_weight;
         V d_bias = 0;
         for (int k = 0; k < K; ++k) g[k] = d_weight[k] = 0;
+        past[0] = 0;  // shifted out by the first input
         for (int k = 1; k < K; ++k) past[k] = input(at.begin - K + k);
         std::int64_t const length = at.of.length;
         for (std::int64_t t = at.begin; t < at.end + K - 1; ++t) {

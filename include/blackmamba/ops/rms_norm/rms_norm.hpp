@@ -28,7 +28,8 @@ struct rms_norm {
   };
   /// y (R, D) may alias x.
   template <device_policy P, storage T>
-  static void forward(P const& policy, inputs<home<P>, T> const& in, out<P, T, dyn, dyn> y, saved<home<P>, T> const& keep = {}) {
+  static void forward(P const& policy, inputs<home<P>, T> const& in, out<P, T, dyn, dyn> y,
+                      saved<home<P>, T> const& keep = {}) {
     auto const rows = y.extent(0), width = y.extent(1);
     check_shape("rms_norm", "x", in.x, {rows, width});
     check_shape("rms_norm", "weight", in.weight, {width});
@@ -68,7 +69,9 @@ struct rms_norm {
 
   /// The weight's gradient is summed over blocks of this many rows, then over blocks, in order.
   static constexpr std::int64_t rows_per_partial = 64;
-  static constexpr std::int64_t partial_rows(std::int64_t rows) { return (rows + rows_per_partial - 1) / rows_per_partial; }
+  static constexpr std::int64_t partial_rows(std::int64_t rows) {
+    return (rows + rows_per_partial - 1) / rows_per_partial;
+  }
   template <storage T>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t width) {
     return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(partial_rows(rows) * width));
