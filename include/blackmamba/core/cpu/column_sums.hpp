@@ -22,7 +22,8 @@ void add_column_sums(std::int64_t rows, std::int64_t cols, T const* x, std::int6
     V total = simd::load<V>(sum + j, lanes);
     for (std::int64_t first = 0; first < rows; first += block) {
       V part = 0;
-      for (std::int64_t r = first; r < std::min(rows, first + block); ++r) part += simd::load<V>(x + r * ldx + j, lanes);
+      for (std::int64_t r = first; r < std::min(rows, first + block); ++r)
+        part += simd::load<V>(x + r * ldx + j, lanes);
       total += part;
     }
     simd::store(total, sum + j, lanes);

@@ -18,7 +18,8 @@ namespace blackmamba::cpu {
 /// Whether an operand is used as stored or transposed; operands are row-major with a row stride.
 enum class transpose { no, yes };
 
-/// C (m, n) = op(A) (m, k) op(B) (k, n) + bias (n), or C += it. Row strides lda, ldb, ldc in elements; bias may be null.
+/// C (m, n) = op(A) (m, k) op(B) (k, n) + bias (n), or C += it. Row strides lda, ldb, ldc in elements; bias may be
+/// null.
 template <class TA, class TB, class TC>
 struct product {
   transpose ta, tb;
@@ -35,8 +36,8 @@ struct product {
 
 namespace detail {
 
-/// How a product is cut: tiles of C, each the work of one thread, and blocks of the depth, whose packed operands stay in
-/// the second-level cache. Depends on the shape alone, so that results do not depend on the number of threads.
+/// How a product is cut: tiles of C, each the work of one thread, and blocks of the depth, whose packed operands stay
+/// in the second-level cache. Depends on the shape alone, so that results do not depend on the number of threads.
 struct tiling {
   static constexpr std::int64_t most_rows = 128, most_cols = 240;
   /// Deepest block of a depth of elements of this size.
@@ -66,10 +67,18 @@ struct tiling {
   }
 };
 
-/// One thread's packed operands.
+/// One thread's packed operands, and a tile of C where C is narrower than the arithmetic.
 template <class A>
 class gemm_buffers {
+  static constexpr std::int64_t left_size = tiling::most_rows * (tiling::most_depth(sizeof(A)) + 16);
+  static constexpr std::int64_t right_size = tiling::most_cols * tiling::most_depth(sizeof(A));
+
  public:
+  /// Elements from left() on, where all of it serves as one buffer.
+  static constexpr std::int64_t size = left_size + right_size + tiling::most_rows * tiling::most_cols;
+  /// Between packed rows of the left operand: no power of two, so that rows don't meet in the same lines of the cache.
+  static constexpr std::int64_t left_stride = left_size / tiling::most_rows;
+
   gemm_buffers(gemm_buffers const&) = delete;
   gemm_buffers& operator=(gemm_buffers const&) = delete;
   /// Allocated when the thread first asks, kept until it ends.
@@ -78,19 +87,13 @@ class gemm_buffers {
     return buffers;
   }
 
-  static constexpr std::int64_t left_stride = tiling::most_depth(sizeof(A)) + 16;
   A* left() const { return memory_; }
   A* right() const { return memory_ + left_size; }
   A* tile() const { return memory_ + left_size + right_size; }
 
  private:
-  static constexpr std::int64_t left_size = tiling::most_rows * left_stride;
-  static constexpr std::int64_t right_size = tiling::most_cols * tiling::most_depth(sizeof(A));
-  static constexpr std::int64_t tile_size = tiling::most_rows * tiling::most_cols;
-
   gemm_buffers()
-      : memory_(static_cast<A*>(memory_resource<space::host>::allocate(
-            sizeof(A) * static_cast<std::size_t>(left_size + right_size + tile_size)))) {}
+      : memory_(static_cast<A*>(memory_resource<space::host>::allocate(sizeof(A) * static_cast<std::size_t>(size)))) {}
   ~gemm_buffers() { memory_resource<space::host>::deallocate(memory_); }
 
   A* memory_;
@@ -100,14 +103,35 @@ class gemm_buffers {
 template <class TA, class TB, class TC>
 class tile_worker {
   using A = accum_t<TC>;
+  using buffers = gemm_buffers<A>;
   static constexpr std::int64_t width = simd::pack<A>::lanes;
-  static constexpr std::int64_t panel_cols = register_packs * width;
 
  public:
-  explicit tile_worker(product<TA, TB, TC> const&) {}
+  explicit tile_worker(product<TA, TB, TC> const&) {}  // names the types
 
   /// To be called before the tiles of another product.
-  void forget() { right_ = nullptr; }
+  void forget() {
+    left_ = nullptr;
+    right_ = nullptr;
+  }
+  /// Whether this is a product of few rows with a transposed B, which matvec computes: widened rows of A fit the
+  /// buffers.
+  static bool is_matvec(product<TA, TB, TC> const& x) {
+    return x.m <= matvec_rows && x.ta == transpose::no && x.tb == transpose::yes && x.mode == update::overwrite &&
+           (std::is_same_v<A, TA> || x.m * x.k <= buffers::size);
+  }
+  /// Columns [j, j + cols) of such a product.
+  void run_matvec(product<TA, TB, TC> const& x, std::int64_t j, std::int64_t cols) {
+    if constexpr (std::is_same_v<A, TA>) {
+      left_ = x.a;
+      left_stride_ = x.lda;
+    } else if (!left_) {
+      left_ = buffers_.left();
+      left_stride_ = x.k;
+      pack_left_rows(x.a, x.lda, x.m, x.k, buffers_.left(), x.k);
+    }
+    matvec(x.m, cols, x.k, left_, left_stride_, x.b + j * x.ldb, x.ldb, x.c + j, x.ldc, x.bias ? x.bias + j : nullptr);
+  }
   /// The index-th tile; tiles that share columns of B follow each other, so that packed columns serve several.
   void run(product<TA, TB, TC> const& x, tiling const& t, std::int64_t index) {
     std::int64_t const i = index % t.down * t.rows, j = index / t.down * t.cols;
@@ -130,8 +154,10 @@ class tile_worker {
   }
 
  private:
-  /// Points left_ at rows [i, i + rows), depth [p, p + depth) of op(A): in place where the memory suits the register tile.
-  void select_left(product<TA, TB, TC> const& x, std::int64_t i, std::int64_t p, std::int64_t rows, std::int64_t depth) {
+  /// Points left_ at rows [i, i + rows), depth [p, p + depth) of op(A): in place where the memory suits the register
+  /// tile.
+  void select_left(product<TA, TB, TC> const& x, std::int64_t i, std::int64_t p, std::int64_t rows,
+                   std::int64_t depth) {
     left_ = buffers_.left();
     left_stride_ = buffers_.left_stride;
     if (x.ta == transpose::yes) {
@@ -202,8 +228,8 @@ class tile_worker {
       int const strip = static_cast<int>(std::min<std::int64_t>(register_rows, rows - i));
       auto const into = [&](A* target, std::int64_t stride, bool sum) {
         if (x.ta == transpose::yes)
-          register_tile<A, Packs, left_order::interleaved>(depth, left_ + i * depth, 1, strip, right, right_stride, bias,
-                                                           target, stride, sum);
+          register_tile<A, Packs, left_order::interleaved>(depth, left_ + i * depth, 1, strip, right, right_stride,
+                                                           bias, target, stride, sum);
         else
           register_tile<A, Packs, left_order::rows>(depth, left_ + i * left_stride_, left_stride_, strip, right,
                                                     right_stride, bias, target, stride, sum);
@@ -218,18 +244,13 @@ class tile_worker {
     }
   }
 
-  gemm_buffers<A>& buffers_ = gemm_buffers<A>::mine();
+  buffers& buffers_ = buffers::mine();
   A const* left_ = nullptr;
   std::int64_t left_stride_ = 0;
   TB const* right_ = nullptr;      // the part of op(B) that the right buffer holds
   std::int64_t right_packed_ = 0;  // and how many of its columns
 };
 
-/// Whether a product is one that matvec computes.
-template <class TA, class TB, class TC>
-bool is_matvec(product<TA, TB, TC> const& x) {
-  return x.m <= matvec_rows && x.ta == transpose::no && x.tb == transpose::yes && x.mode == update::overwrite;
-}
 /// Outputs of one task of matvec: at least 64 KiB of weights, at most 64 tasks.
 template <class TA, class TB, class TC>
 std::int64_t matvec_outputs(product<TA, TB, TC> const& x) {
@@ -241,27 +262,29 @@ std::int64_t matvec_outputs(product<TA, TB, TC> const& x) {
 
 /// The products of(0), ..., of(count - 1), each a product<...>; none may overlap what another one writes.
 ///
-/// Arithmetic in float (double where C is double); 16-bit operands are widened tile by tile. An element of C is summed in
-/// an order that depends on k alone; a product of at most eight rows with a transposed B, as decoding has it, sums in an
-/// order of its own. Results do not depend on the number of threads.
+/// Arithmetic in float (double where C is double); 16-bit operands are widened tile by tile. An element of C is summed
+/// in an order that depends on k alone; a product of at most eight rows with a transposed B, as decoding has it, sums
+/// in an order of its own. Results do not depend on the number of threads.
 template <class Of>
 void gemm_groups(int threads, std::int64_t count, Of const& of) {
+  using worker_type = decltype(detail::tile_worker(of(0)));
   auto const tiling_of = [&](auto const& x) {
     return detail::tiling(x.m, x.n, x.k, sizeof(accum_t<std::remove_reference_t<decltype(*x.c)>>), count);
   };
   auto const tasks_of = [&](auto const& x) -> std::int64_t {
     if (x.m <= 0 || x.n <= 0) return 0;
-    if (detail::is_matvec(x)) return (x.n - 1) / detail::matvec_outputs(x) + 1;
+    if (worker_type::is_matvec(x)) return (x.n - 1) / detail::matvec_outputs(x) + 1;
     auto const t = tiling_of(x);
     return t.down * t.across;
   };
   std::int64_t tasks = 0;
   for (std::int64_t g = 0; g < count; ++g) tasks += tasks_of(of(g));
   parallel_tasks(threads, tasks, [&](auto const& next) {
+    // Each thread takes tasks in ascending order, so one walk over the products finds them all.
     std::int64_t group = 0, first = 0;
     auto x = of(0);
-    detail::tile_worker worker(x);
     std::int64_t size = tasks_of(x);
+    worker_type worker(x);
     for (std::int64_t task = next(); task < tasks; task = next()) {
       while (task >= first + size) {
         first += size;
@@ -269,10 +292,9 @@ void gemm_groups(int threads, std::int64_t count, Of const& of) {
         size = tasks_of(x);
         worker.forget();
       }
-      if (detail::is_matvec(x)) {
-        std::int64_t const outputs = detail::matvec_outputs(x), o = (task - first) * outputs;
-        detail::matvec(x.m, std::min(outputs, x.n - o), x.k, x.a, x.lda, x.b + o * x.ldb, x.ldb, x.c + o, x.ldc,
-                       x.bias ? x.bias + o : nullptr);
+      if (worker_type::is_matvec(x)) {
+        std::int64_t const outputs = detail::matvec_outputs(x), j = (task - first) * outputs;
+        worker.run_matvec(x, j, std::min(outputs, x.n - j));
       } else {
         worker.run(x, tiling_of(x), task - first);
       }
@@ -292,8 +314,8 @@ void gemm(int threads, transpose ta, transpose tb, std::int64_t m, std::int64_t 
   gemm(threads, product<TA, TB, TC>{ta, tb, m, n, k, a, lda, b, ldb, c, ldc, mode, bias});
 }
 
-/// One product of few elements of C and a great depth, which is cut in partial.extent(0) + 1 parts that run together: the
-/// first goes to C, the others to `partial` (parts - 1, m, n), whence they are added in order.
+/// One product of few elements of C and a great depth, which is cut in partial.extent(0) + 1 parts that run together:
+/// the first goes to C, the others to `partial` (parts - 1, m, n), whence they are added in order.
 template <class TA, class TB, class TC>
 void gemm_deep(int threads, product<TA, TB, TC> const& x, host_view<TC, dyn, dyn, dyn> partial) {
   static_assert(std::is_same_v<TC, accum_t<TC>>, "blackmamba: gemm_deep: C is of an accumulation type");

@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/config.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
+#include <blackmamba/core/cpu/simd_lanes.hpp>
 #include <blackmamba/core/numeric.hpp>
 
 #include <algorithm>
@@ -8,9 +9,9 @@
 #include <type_traits>
 #include <utility>
 
-/// The innermost parts of a dense product: a tile of C in registers, and the packing of operands into the order in which
-/// that tile reads them (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008). A is float or
-/// double, T any storage type.
+/// The innermost parts of a dense product: a tile of C in registers, and the packing of operands into the order in
+/// which that tile reads them (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008). A is
+/// float or double, T any storage type.
 namespace blackmamba::cpu::detail {
 
 /// Rows of a register tile, and the packs that each row has at most: 8 x 3 accumulators fit 32 registers, 4 x 3 fit 16.
@@ -71,33 +72,34 @@ void register_tile(std::int64_t depth, A const* left, std::int64_t left_stride, 
   });
 }
 
+template <int N, int Distance>
+struct even_blocks {
+  static constexpr int at(int i) { return (i & Distance) ? N + i - Distance : i; }
+};
+template <int N, int Distance>
+struct odd_blocks {
+  static constexpr int at(int i) { return (i & Distance) ? N + i : i + Distance; }
+};
+/// Exchanges blocks of Distance lanes between two packs: a keeps its blocks of even index and gets b's, b keeps those
+/// of odd index and gets a's.
+template <int Distance, class A, int N>
+BLACKMAMBA_INLINE void exchange_blocks(simd::pack<A, N>& a, simd::pack<A, N>& b) {
+  auto const even = simd::detail::shuffle<even_blocks<N, Distance>>(a, b);
+  b = simd::detail::shuffle<odd_blocks<N, Distance>>(a, b);
+  a = even;
+}
+
 /// Transposes a square of W packs of W lanes in registers: log2(W) exchanges of ever smaller blocks.
+template <int Distance, class A>
+BLACKMAMBA_INLINE void transpose_square(simd::pack<A> (&x)[simd::pack<A>::size]) {
+  unrolled<simd::pack<A>::lanes>([&](auto i) {
+    if constexpr ((i & Distance) == 0) exchange_blocks<Distance>(x[i], x[i + Distance]);
+  });
+  if constexpr (Distance > 1) transpose_square<Distance / 2>(x);
+}
 template <class A>
 BLACKMAMBA_INLINE void transpose_square(simd::pack<A> (&x)[simd::pack<A>::size]) {
-  using V = simd::pack<A>;
-  using vector = typename V::vector;
-  constexpr int width = V::lanes;
-  auto const exchange = [&]<int Distance, int... Lane>(std::integral_constant<int, Distance>,
-                                                       std::integer_sequence<int, Lane...>) {
-    unrolled<width>([&](auto i) {
-      if constexpr ((i & Distance) == 0) {
-        vector const a = x[i].v, b = x[i + Distance].v;
-#if defined(__clang__)
-        x[i].v = __builtin_shufflevector(a, b, ((Lane & Distance) ? width + Lane - Distance : Lane)...);
-        x[i + Distance].v = __builtin_shufflevector(a, b, ((Lane & Distance) ? width + Lane : Lane + Distance)...);
-#else
-        using index = typename simd::detail::vector_of<simd::detail::integer_of<A>, width>::type;
-        x[i].v = __builtin_shuffle(a, b, index{((Lane & Distance) ? width + Lane - Distance : Lane)...});
-        x[i + Distance].v = __builtin_shuffle(a, b, index{((Lane & Distance) ? width + Lane : Lane + Distance)...});
-#endif
-      }
-    });
-  };
-  auto const lanes = std::make_integer_sequence<int, width>{};
-  if constexpr (width >= 16) exchange(std::integral_constant<int, 8>{}, lanes);
-  if constexpr (width >= 8) exchange(std::integral_constant<int, 4>{}, lanes);
-  if constexpr (width >= 4) exchange(std::integral_constant<int, 2>{}, lanes);
-  exchange(std::integral_constant<int, 1>{}, lanes);
+  transpose_square<simd::pack<A>::lanes / 2>(x);
 }
 
 /// Copies n values, widened.
@@ -111,7 +113,8 @@ BLACKMAMBA_INLINE void copy_widened(T const* from, std::int64_t n, A* to) {
 
 /// A (rows, depth) as stored -> widened rows of left_order::rows with a stride of `to_stride`.
 template <class A, class T>
-void pack_left_rows(T const* a, std::int64_t lda, std::int64_t rows, std::int64_t depth, A* to, std::int64_t to_stride) {
+void pack_left_rows(T const* a, std::int64_t lda, std::int64_t rows, std::int64_t depth, A* to,
+                    std::int64_t to_stride) {
   for (std::int64_t i = 0; i < rows; ++i) copy_widened(a + i * lda, depth, to + i * to_stride);
 }
 

@@ -4,73 +4,119 @@
 #include <blackmamba/core/cpu/simd.hpp>
 #include <blackmamba/core/numeric.hpp>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 /// Products of a few rows with a whole weight matrix, as decoding has them: bound by reading the weights, which are
-/// therefore read once, in order, and widened in registers.
+/// therefore read once, in order, and widened in registers. Summation: each lane of a pack over the depth, then the
+/// lanes pairwise, then what the depth has beyond whole packs.
 namespace blackmamba::cpu::detail {
 
 /// Most rows that matvec takes.
 inline constexpr int matvec_rows = 8;
 
-/// y (Rows, Outputs) = x (Rows, depth) weight (Outputs, depth)^T + bias (Outputs): dot products along contiguous memory.
-template <int Rows, int Outputs, class A, class TX, class TW, class TY>
-BLACKMAMBA_INLINE void dot_block(std::int64_t depth, TX const* x, std::int64_t x_stride, TW const* weight,
-                                 std::int64_t weight_stride, TY* y, std::int64_t y_stride, A const* bias) {
+/// Folds x to N lanes: the sums of the lanes whose indices are equal modulo N.
+template <int N, class A, int Lanes>
+BLACKMAMBA_INLINE simd::pack<A, N> folded(simd::pack<A, Lanes> x) {
+  if constexpr (Lanes == N)
+    return x;
+  else
+    return folded<N>(simd::half_of(x, false) + simd::half_of(x, true));
+}
+template <int Distance, class A>
+BLACKMAMBA_INLINE void merge_packs(simd::pack<A>* x) {
+  unrolled<Distance>([&](auto i) {
+    exchange_blocks<Distance>(x[i], x[i + Distance]);
+    x[i] += x[i + Distance];
+  });
+  if constexpr (Distance > 1) merge_packs<Distance / 2>(x);
+}
+/// sums[i] = sum of the lanes of x[i], for N packs, N a power of two: as in a transposition, but what meets is added.
+template <int N, class A>
+BLACKMAMBA_INLINE void lane_sums(simd::pack<A>* x, A* sums) {
+  constexpr int width = simd::pack<A>::lanes;
+  if constexpr (N > width) {
+    lane_sums<N / 2>(x, sums);
+    lane_sums<N / 2>(x + N / 2, sums + N / 2);
+  } else if constexpr (N == 1) {
+    sums[0] = simd::sum(x[0]);
+  } else {
+    merge_packs<N / 2>(x);
+    folded<N>(x[0]).store(sums);
+  }
+}
+
+/// y (rows, outputs) = x (rows, depth) weight (outputs, depth)^T + bias (outputs): dot products along contiguous
+/// memory. There are at most Rows and Outputs of them; the last is read again in place of those that are missing.
+///
+/// @tparam Ahead  prefetch the weights that the next block reads: rows are too short for the hardware to see far ahead
+///                where arithmetic fills the time
+template <int Rows, int Outputs, bool Ahead, class A, class T, class Y>
+BLACKMAMBA_INLINE void dot_block(int rows, int outputs, std::int64_t depth, A const* x, std::int64_t x_stride,
+                                 T const* weight, std::int64_t weight_stride, Y* y, std::int64_t y_stride,
+                                 A const* bias) {
   using V = simd::pack<A>;
-  V sum[std::size_t{Rows}][std::size_t{Outputs}];
-  unrolled<Rows>([&](auto r) { unrolled<Outputs>([&](auto o) { sum[r][o] = V(0); }); });
+  A const* row[std::size_t{Rows}];
+  T const* column[std::size_t{Outputs}];
+  V sum[std::size_t{Rows * Outputs}];
+  unrolled<Outputs>([&](auto o) { column[o] = weight + std::min<int>(o, outputs - 1) * weight_stride; });
+  unrolled<Rows>([&](auto r) {
+    row[r] = x + std::min<int>(r, rows - 1) * x_stride;
+    unrolled<Outputs>([&](auto o) { sum[r * Outputs + o] = V(0); });
+  });
   std::int64_t p = 0;
   for (; p + V::lanes <= depth; p += V::lanes) {
     V w[std::size_t{Outputs}];
-    unrolled<Outputs>([&](auto o) { w[o] = V::load(weight + o * weight_stride + p); });
-    unrolled<Rows>([&](auto r) {
-      V const v = V::load(x + r * x_stride + p);
-      unrolled<Outputs>([&](auto o) { sum[r][o] = fma(v, w[o], sum[r][o]); });
-    });
-  }
-  unrolled<Rows>([&](auto r) {
     unrolled<Outputs>([&](auto o) {
-      A s = simd::sum(sum[r][o]);
-      for (std::int64_t t = p; t < depth; ++t)
-        s += convert<A>(x[r * x_stride + t]) * convert<A>(weight[o * weight_stride + t]);
-      y[r * y_stride + o] = convert<TY>(bias ? s + bias[o] : s);
+      w[o] = V::load(column[o] + p);
+      if constexpr (Ahead) __builtin_prefetch(column[o] + Outputs * weight_stride + p);
     });
-  });
-}
-
-template <int Rows, class A, class TX, class TW, class TY>
-void dot_rows(std::int64_t outputs, std::int64_t depth, TX const* x, std::int64_t x_stride, TW const* weight,
-              std::int64_t weight_stride, TY* y, std::int64_t y_stride, A const* bias) {
-  constexpr int block = Rows <= 2 ? 4 : 2;  // at most 16 accumulators
-  std::int64_t o = 0;
-  for (; o + block <= outputs; o += block)
-    dot_block<Rows, block>(depth, x, x_stride, weight + o * weight_stride, weight_stride, y + o, y_stride,
-                           bias ? bias + o : nullptr);
-  for (; o < outputs; ++o)
-    dot_block<Rows, 1>(depth, x, x_stride, weight + o * weight_stride, weight_stride, y + o, y_stride,
-                       bias ? bias + o : nullptr);
-}
-
-/// y (rows, outputs) = x (rows, depth) weight (outputs, depth)^T + bias (outputs), bias may be null; rows at most
-/// matvec_rows.
-template <class A, class TX, class TW, class TY>
-void matvec(std::int64_t rows, std::int64_t outputs, std::int64_t depth, TX const* x, std::int64_t x_stride,
-            TW const* weight, std::int64_t weight_stride, TY* y, std::int64_t y_stride, A const* bias) {
-  auto const run = [&](auto count) {
-    dot_rows<count, A>(outputs, depth, x, x_stride, weight, weight_stride, y, y_stride, bias);
-  };
-  switch (rows) {
-    case 1: return run(std::integral_constant<int, 1>{});
-    case 2: return run(std::integral_constant<int, 2>{});
-    case 3: return run(std::integral_constant<int, 3>{});
-    case 4: return run(std::integral_constant<int, 4>{});
-    case 5: return run(std::integral_constant<int, 5>{});
-    case 6: return run(std::integral_constant<int, 6>{});
-    case 7: return run(std::integral_constant<int, 7>{});
-    case 8: return run(std::integral_constant<int, 8>{});
-    default: return;
+    unrolled<Rows>([&](auto r) {
+      V const v = V::load(row[r] + p);
+      unrolled<Outputs>([&](auto o) { sum[r * Outputs + o] = fma(v, w[o], sum[r * Outputs + o]); });
+    });
   }
+  A total[std::size_t{Rows * Outputs}];
+  lane_sums<Rows * Outputs>(sum, total);
+  for (int r = 0; r < rows; ++r) {
+    A* const t = total + r * Outputs;
+    for (std::int64_t rest = p; rest < depth; ++rest)
+      for (int o = 0; o < outputs; ++o) t[o] += x[r * x_stride + rest] * convert<A>(weight[o * weight_stride + rest]);
+    if (bias)
+      for (int o = 0; o < outputs; ++o) t[o] += bias[o];
+    if (outputs == Outputs)
+      simd::pack<A, Outputs>::load(t).store(y + r * y_stride);
+    else
+      for (int o = 0; o < outputs; ++o) y[r * y_stride + o] = convert<Y>(t[o]);
+  }
+}
+
+/// y (rows, outputs) = x (rows, depth) weight (outputs, depth)^T + bias (outputs), bias may be null.
+template <class A, class T, class Y>
+void matvec(std::int64_t rows, std::int64_t outputs, std::int64_t depth, A const* x, std::int64_t x_stride,
+            T const* weight, std::int64_t weight_stride, Y* y, std::int64_t y_stride, A const* bias) {
+  constexpr bool narrow = sizeof(T) < sizeof(A);
+  constexpr int block = register_rows;
+  auto const blocks = [&](std::int64_t size, auto const& run) {
+    for (std::int64_t o = 0; o < outputs; o += size)
+      run(static_cast<int>(std::min(size, outputs - o)), weight + o * weight_stride, y + o, bias ? bias + o : nullptr);
+  };
+  if (rows == 1)
+    blocks(block, [&](int some, T const* w, Y* to, A const* b) {
+      dot_block<1, block, narrow>(1, some, depth, x, x_stride, w, weight_stride, to, y_stride, b);
+    });
+  else if (rows == 2)
+    blocks(block, [&](int some, T const* w, Y* to, A const* b) {
+      dot_block<2, block, true>(2, some, depth, x, x_stride, w, weight_stride, to, y_stride, b);
+    });
+  else
+    blocks(block / 2, [&](int some, T const* w, Y* to, A const* b) {
+      // The rows beyond four find the weights in the cache.
+      for (std::int64_t r = 0; r < rows; r += 4)
+        dot_block<4, block / 2, true>(static_cast<int>(std::min<std::int64_t>(4, rows - r)), some, depth,
+                                      x + r * x_stride, x_stride, w, weight_stride, to + r * y_stride, y_stride, b);
+    });
 }
 
 }  // namespace blackmamba::cpu::detail

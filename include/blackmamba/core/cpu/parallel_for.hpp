@@ -23,8 +23,8 @@ inline void pause() {
 
 /// Helper threads that wait for work: first spinning, for a model's step is a row of short parallel regions, then
 /// asleep. The calling thread takes a share itself, and then the shares of helpers that have not woken up by then: a
-/// region never waits for a thread that the system does not run. One region at a time; whoever finds the team busy works
-/// alone.
+/// region never waits for a thread that the system does not run. One region at a time; whoever finds the team busy
+/// works alone.
 class thread_team {
  public:
   static thread_team& instance() {
@@ -90,9 +90,11 @@ class thread_team {
   /// Up to `helpers` helpers, fewer where the system gives no more threads; returns how many there are.
   int grow(int helpers) {
     try {
+      helpers_.reserve(static_cast<std::size_t>(helpers));
       while (static_cast<int>(helpers_.size()) < helpers) {
         auto h = std::make_unique<helper>();
-        h->thread = std::thread([this, &state = h->state, share = static_cast<int>(helpers_.size()) + 1] { serve(state, share); });
+        h->thread = std::thread(
+            [this, &state = h->state, share = static_cast<int>(helpers_.size()) + 1] { serve(state, share); });
         helpers_.push_back(std::move(h));
       }
     } catch (std::system_error const&) {
@@ -128,9 +130,9 @@ class thread_team {
 /// Number of threads that a policy's `threads` asks for.
 inline int thread_count(int threads) { return threads > 0 ? threads : detail::thread_team::cores(); }
 
-/// Calls body(begin, end) on disjoint ranges that cover [0, n), on up to `threads` threads (0: all cores). Ranges begin at
-/// multiples of `grain`, so that what one grain computes does not depend on the number of threads. The first exception that a
-/// body throws is rethrown here. Nested calls run serially.
+/// Calls body(begin, end) on disjoint ranges that cover [0, n), on up to `threads` threads (0: all cores). Ranges begin
+/// at multiples of `grain`, so that what one grain computes does not depend on the number of threads. The first
+/// exception that a body throws is rethrown here. Nested calls run serially.
 template <class Body>
 void parallel_for(int threads, std::int64_t n, std::int64_t grain, Body&& body) {
   if (n <= 0) return;
@@ -163,9 +165,9 @@ void parallel_for(int threads, std::int64_t n, std::int64_t grain, Body&& body) 
   if (shared.failure) std::rethrow_exception(shared.failure);
 }
 
-/// Calls body(next) once on each of up to `threads` threads (0: all cores). next() hands out 0, 1, ..., n - 1, each to one
-/// thread, and from then on n: for tasks of unequal size, and for bodies that keep something from one task to the next.
-/// What a task computes must not depend on the thread that takes it. Exceptions and nesting as in parallel_for.
+/// Calls body(next) once on each of up to `threads` threads (0: all cores). next() hands out 0, 1, ..., n - 1, each to
+/// one thread, and from then on n: for tasks of unequal size, and for bodies that keep something from one task to the
+/// next. What a task computes must not depend on the thread that takes it. Exceptions and nesting as in parallel_for.
 template <class Body>
 void parallel_tasks(int threads, std::int64_t n, Body&& body) {
   if (n <= 0) return;

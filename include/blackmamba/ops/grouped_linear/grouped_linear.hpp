@@ -8,15 +8,16 @@
 
 namespace blackmamba {
 
-/// One affine map for each group of rows, as the experts of a mixture need it. With o = offsets, rows o[e] <= r < o[e+1]
-/// belong to group e (Gale et al., arXiv 2211.15841: grouped products instead of padding each group to a capacity):
+/// One affine map for each group of rows, as the experts of a mixture need it. With o = offsets, rows o[e] <= r <
+/// o[e+1] belong to group e (Gale et al., arXiv 2211.15841: grouped products instead of padding each group to a
+/// capacity):
 ///
 ///   y[r,:] = weight[e] x[r,:] + bias[e]
 ///
-/// offsets is non-decreasing from 0 and ends at most at R; groups may be empty. Rows past offsets[E] belong to no group:
-/// they are neither read nor written. Arithmetic in accum_t<T>; y is stored as T or as accum_t<T>. Rows of every matrix
-/// may be strided. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda: the offsets stay on
-/// the device.
+/// offsets is non-decreasing from 0 and ends at most at R; groups may be empty. Rows past offsets[E] belong to no
+/// group: they are neither read nor written. Arithmetic in accum_t<T>; y is stored as T or as accum_t<T>. Rows of every
+/// matrix may be strided. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda: the offsets
+/// stay on the device.
 struct grouped_linear {
   template <device_policy P, storage T>
   struct inputs {
@@ -73,9 +74,10 @@ struct grouped_linear {
  private:
   template <class Y, class T>
   static constexpr void check_result_type() {
-    static_assert(std::is_same_v<Y, T> || std::is_same_v<Y, accum_t<T>>,
-                  "blackmamba: grouped_linear: y is stored neither as the operands' type nor as its accumulation type; name "
-                  "the operands' type: grouped_linear::forward<Policy, Y, T>(...), grouped_linear::backward<Policy, T, Y>(...)");
+    static_assert(
+        std::is_same_v<Y, T> || std::is_same_v<Y, accum_t<T>>,
+        "blackmamba: grouped_linear: y is stored neither as the operands' type nor as its accumulation type; name "
+        "the operands' type: grouped_linear::forward<Policy, Y, T>(...), grouped_linear::backward<Policy, T, Y>(...)");
   }
 };
 

@@ -21,9 +21,9 @@ namespace blackmamba {
 struct linear {
   template <device_policy P, storage T>
   struct inputs {
-    in<P, T, dyn, dyn> x;               // (R, I)
-    in<P, T, dyn, dyn> weight;          // (O, I)
-    in<P, accum_t<T>, dyn> bias = {};   // (O)     optional
+    in<P, T, dyn, dyn> x;              // (R, I)
+    in<P, T, dyn, dyn> weight;         // (O, I)
+    in<P, accum_t<T>, dyn> bias = {};  // (O)     optional
   };
   /// y (R, O) must not overlap the inputs.
   template <device_policy P, storage Y, storage T = Y>
@@ -88,9 +88,10 @@ struct linear {
  private:
   template <class Y, class T>
   static constexpr void check_result_type() {
-    static_assert(std::is_same_v<Y, T> || std::is_same_v<Y, accum_t<T>>,
-                  "blackmamba: linear: y is stored neither as the operands' type nor as its accumulation type; name the "
-                  "operands' type: linear::forward<Policy, Y, T>(...), linear::backward<Policy, T, Y>(...)");
+    static_assert(
+        std::is_same_v<Y, T> || std::is_same_v<Y, accum_t<T>>,
+        "blackmamba: linear: y is stored neither as the operands' type nor as its accumulation type; name the "
+        "operands' type: linear::forward<Policy, Y, T>(...), linear::backward<Policy, T, Y>(...)");
   }
 };
 
