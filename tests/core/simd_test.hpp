@@ -183,6 +183,26 @@ TEST_CASE("math: sigmoid, silu and softplus within 3 ulp, gelu within 8") {
   CHECK(std::isnan(at([](pack x) { return math::silu(x); }, not_a_number)));
   CHECK(std::isnan(at([](pack x) { return math::gelu(x); }, not_a_number)));
 }
+TEST_CASE("simd: every NaN stays one, whatever bits it carries") {
+  auto const check = [](std::string const& name, auto f) {
+    for (std::uint32_t bits : {0x7f800001u, 0x7fc00000u, 0x7fc00001u, 0x7fffffffu, 0xff800001u, 0xffc001ffu})
+      CHECK_MESSAGE(std::isnan(at(f, std::bit_cast<float>(bits))), name << " of " << bits);
+  };
+  check("exp", [](pack x) { return exp(x); });
+  check("exp2", [](pack x) { return exp2(x); });
+  check("log", [](pack x) { return log(x); });
+  check("log1p", [](pack x) { return log1p(x); });
+  check("erf", [](pack x) { return erf(x); });
+  check("sqrt", [](pack x) { return sqrt(x); });
+  check("normal_cdf", [](pack x) { return normal_cdf(x); });
+  check("normal_pdf", [](pack x) { return normal_pdf(x); });
+  check("sigmoid", [](pack x) { return math::sigmoid(x); });
+  check("softplus", [](pack x) { return math::softplus(x); });
+  check("silu", [](pack x) { return math::silu(x); });
+  check("silu_derivative", [](pack x) { return math::silu_derivative(x); });
+  check("gelu", [](pack x) { return math::gelu(x); });
+  check("gelu_derivative", [](pack x) { return math::gelu_derivative(x); });
+}
 TEST_CASE("math: derivatives equal central differences, packs equal scalars") {
   auto const check = [](auto f, auto derivative, std::string const& name) {
     for (double x = -6; x <= 6; x += 0.37) {
@@ -255,6 +275,20 @@ TEST_CASE_TEMPLATE("simd: loads and stores of parts touch nothing else", T, STOR
     });
     CHECK(covered == n);
     for (T v : values) CHECK(widen(v) == 4);
+  }
+}
+
+TEST_CASE_TEMPLATE("simd: sums over any number of values count no lane past the end", T, float, double) {
+  using V = simd::pack<T>;
+  for (std::int64_t n = 0; n < 11 * V::lanes; ++n) {
+    // The value past the end that a lane sees is one, not zero.
+    T const counted = simd::sum_packs<V>(n, [](std::int64_t, auto) { return V(1); });
+    CHECK(counted == static_cast<T>(n));
+    std::vector<T> values(static_cast<std::size_t>(n));
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<T>(i * i);
+    T const squares =
+        simd::sum_packs<V>(n, [&](std::int64_t i, auto lanes) { return simd::load<V>(values.data() + i, lanes); });
+    CHECK(squares == static_cast<T>((n - 1) * n * (2 * n - 1) / 6));
   }
 }
 
