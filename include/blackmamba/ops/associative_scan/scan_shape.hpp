@@ -1,0 +1,133 @@
+#pragma once
+#include <blackmamba/core/error.hpp>
+#include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/workspace.hpp>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+
+/// What the contracts of this folder share: views by rank, shape checks, the fixed block structure and its scratch.
+namespace blackmamba {
+
+/// (R, L) or (B, L, D).
+template <class P, class T, int Rank>
+using scan_view = std::conditional_t<Rank == 2, view<typename P::memory_space, T, dyn, dyn>,
+                                     view<typename P::memory_space, T, dyn, dyn, dyn>>;
+/// The same without L: (R) or (B, D). Of packed sequences, one row for each.
+template <class P, class T, int Rank>
+using scan_state = std::conditional_t<Rank == 2, view<typename P::memory_space, T, dyn>,
+                                      view<typename P::memory_space, T, dyn, dyn>>;
+
+/// Whether a value of one type becomes one of the other where it is loaded or stored.
+template <class From, class To>
+concept scan_convertible = (storage<From> && storage<To>) || std::is_constructible_v<To, From>;
+
+/// Lengths over which results are combined before they are handed on. They depend on nothing but the element's size and
+/// the number of channels, so neither do the results.
+struct scan_blocks {
+  /// Channels that are scanned together.
+  template <class E>
+  static constexpr std::int64_t channel_tile =
+      std::max<std::int64_t>(1, 256 * 8 / std::max<std::int64_t>(8, static_cast<std::int64_t>(sizeof(E))));
+  /// Steps of a block of rows: what is read for it (two operands at most) stays in half of a small second-level cache.
+  template <class E>
+  static constexpr std::int64_t of_rows() {
+    return 65536 / size<E>();
+  }
+  /// Steps of a block of channels.
+  template <class E>
+  static constexpr std::int64_t of_channels(std::int64_t channels) {
+    std::int64_t const elements = 262144 / size<E>();
+    auto const together = static_cast<std::int64_t>(
+        std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(channels, 1, channel_tile<E>))));
+    return std::clamp<std::int64_t>(elements / together, 16, 8192);
+  }
+
+ private:
+  template <class E>
+  static constexpr std::int64_t size() {
+    return std::clamp<std::int64_t>(static_cast<std::int64_t>(std::bit_ceil(sizeof(E))), 8, 1024);
+  }
+};
+
+/// Extents of a scan, taken from its result, against which the other arguments are checked.
+class scan_shape {
+ public:
+  template <class View>
+  scan_shape(char const* op, View const& result, view<typename View::space_type, std::int64_t const, dyn> cu_seqlens)
+      : op_(op), rank_(View::rank), batch_(result.extent(0)), length_(result.extent(1)) {
+    if constexpr (View::rank == 3) channels_ = result.extent(2);
+    if (!cu_seqlens.present()) return;
+    check_that(batch_ == 1, op, "cu_seqlens", "with " + std::to_string(batch_) + " rows", "one row of packed sequences");
+    check_that(cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
+    packed_ = cu_seqlens.extent(0) - 1;
+    is_packed_ = true;
+  }
+  scan_shape(int rank, std::int64_t batch, std::int64_t length, std::int64_t channels, std::int64_t packed)
+      : rank_(rank), batch_(batch), length_(length), channels_(channels), packed_(packed), is_packed_(packed > 0) {}
+
+  template <class View>
+  void check(char const* argument, View const& v) const {
+    if constexpr (View::rank == 2)
+      check_shape(op_, argument, v, {batch_, length_});
+    else
+      check_shape(op_, argument, v, {batch_, length_, channels_});
+  }
+  template <class View>
+  void check_state(char const* argument, View const& v) const {
+    if constexpr (View::rank == 1)
+      check_optional_shape(op_, argument, v, {sequences()});
+    else
+      check_optional_shape(op_, argument, v, {sequences(), channels_});
+  }
+
+  std::int64_t sequences() const { return is_packed_ ? packed_ : batch_; }
+  /// Elements of a state: without any there is nothing to do.
+  std::int64_t states() const { return sequences() * channels_; }
+
+  /// Blocks that hand a value on; none where every sequence is one block.
+  template <class E>
+  std::int64_t blocks() const {
+    std::int64_t const steps = rank_ == 2 ? scan_blocks::of_rows<E>() : scan_blocks::of_channels<E>(channels_);
+    if (length_ <= steps) return 0;
+    return is_packed_ ? length_ / steps + packed_ : batch_ * ((length_ + steps - 1) / steps);
+  }
+  template <class E>
+  std::int64_t tiles() const {
+    return (channels_ + scan_blocks::channel_tile<E> - 1) / scan_blocks::channel_tile<E>;
+  }
+  std::int64_t channels() const { return channels_; }
+  template <class E>
+  std::size_t scratch_bytes() const {
+    if (blocks<E>() == 0) return 0;
+    return scratch_sum(sizeof(E) * static_cast<std::size_t>(blocks<E>() * channels_),
+                       sizeof(std::int32_t) * static_cast<std::size_t>(blocks<E>() * tiles<E>()));
+  }
+
+ private:
+  char const* op_ = "";
+  int rank_ = 2;
+  std::int64_t batch_, length_, channels_ = 1, packed_ = 0;
+  bool is_packed_ = false;
+};
+
+/// What blocks hand on: for each block and channel an element, and for each block and channel tile a flag.
+template <device_policy P, class E>
+struct scan_scratch {
+  scan_scratch(P const& policy, scan_shape const& shape) : memory_(policy, shape.scratch_bytes<E>()) {
+    if (shape.blocks<E>() == 0) return;
+    carries = memory_.template allocate<E>(shape.blocks<E>(), shape.channels());
+    flags = memory_.template allocate<std::int32_t>(shape.blocks<E>() * shape.tiles<E>());
+  }
+  view<typename P::memory_space, E, dyn, dyn> carries;         // (blocks, D)
+  view<typename P::memory_space, std::int32_t, dyn> flags;     // (blocks * tiles)
+
+ private:
+  scratch<P> memory_;
+};
+
+}  // namespace blackmamba
