@@ -20,6 +20,8 @@ endif()
 
 add_library(blackmamba_test_main OBJECT support/main.cpp)
 target_include_directories(blackmamba_test_main PUBLIC ${CMAKE_CURRENT_SOURCE_DIR})
+# Where tests find golden/.
+target_compile_definitions(blackmamba_test_main PUBLIC BLACKMAMBA_TEST_DATA="${CMAKE_CURRENT_SOURCE_DIR}")
 target_link_libraries(blackmamba_test_main PUBLIC blackmamba_developer doctest::doctest)
 
 # blackmamba_add_test(<name> <source> <label>...): one program, one test.

@@ -1,0 +1,463 @@
+#include "support/support.hpp"
+
+#include <blackmamba/ops/adamw/adamw.hpp>
+#include <blackmamba/ops/attention/attention.hpp>
+#include <blackmamba/ops/causal_conv1d/causal_conv1d.hpp>
+#include <blackmamba/ops/cross_entropy/cross_entropy.hpp>
+#include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
+#include <blackmamba/ops/gated_activation/gated_activation.hpp>
+#include <blackmamba/ops/grouped_linear/grouped_linear.hpp>
+#include <blackmamba/ops/layer_norm/layer_norm.hpp>
+#include <blackmamba/ops/linear/linear.hpp>
+#include <blackmamba/ops/rms_norm/rms_norm.hpp>
+#include <blackmamba/ops/router/router.hpp>
+#include <blackmamba/ops/selective_scan/selective_scan.hpp>
+#include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
+
+#include <array>
+#include <fstream>
+#include <map>
+#include <set>
+#include <sstream>
+
+/// The operators against an independent implementation in PyTorch (golden/make_golden.py), in double to 1e-10 and in
+/// float to 1e-5, relative to the largest value of each result.
+
+using namespace blackmamba;
+
+namespace {
+
+/// The results in one file. All of them have to be asked for: a case that the test forgets is an error.
+class golden {
+ public:
+  explicit golden(std::string const& name) : path_(folder() + "/golden/" + name + ".txt") {
+    std::ifstream file(path_);
+    REQUIRE_MESSAGE(file.good(), path_);
+    for (std::string line; std::getline(file, line);) {
+      std::istringstream words(line);
+      std::string key;
+      words >> key;
+      auto& numbers = results_[key];
+      for (double x; words >> x;) numbers.push_back(x);
+    }
+  }
+  ~golden() {
+    for (auto const& result : results_)
+      CHECK_MESSAGE(checked_.count(result.first) == 1, path_ << ": " << result.first << " was compared with nothing");
+  }
+
+  test::values const& operator[](std::string const& name) {
+    checked_.insert(name);
+    auto const found = results_.find(name);
+    REQUIRE_MESSAGE(found != results_.end(), path_ << ": no " << name);
+    return found->second;
+  }
+  /// Compares a result that was computed in A.
+  template <class A>
+  void check(std::string const& name, test::values const& actual) {
+    test::check_close(actual, (*this)[name], std::is_same_v<A, double> ? 1e-10 : 1e-5, path_ + ": " + name);
+  }
+  template <class View>
+  void check(std::string const& name, View const& view) {
+    check<accum_t<typename View::value_type>>(name, test::download(view));
+  }
+
+ private:
+  static std::string folder() {
+#if defined(BLACKMAMBA_TEST_DATA)
+    return BLACKMAMBA_TEST_DATA;
+#else
+    std::string const here = __FILE__;
+    return here.substr(0, here.rfind("ops/golden_test.hpp"));
+#endif
+  }
+  std::string path_;
+  std::map<std::string, test::values> results_;
+  std::set<std::string> checked_;
+};
+
+/// The script's inputs: its hash, and offset + scale (u - 1/2) as T in the policy's memory.
+std::uint32_t mixed(std::uint32_t i, std::uint32_t seed) {
+  std::uint32_t x = i + 2654435769u * seed;
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+struct range {
+  double scale = 1, offset = 0;
+};
+test::values input_values(std::uint32_t seed, std::int64_t n, range r = {}) {
+  test::values v;
+  for (std::int64_t i = 0; i < n; ++i)
+    v.push_back(r.offset + r.scale * ((mixed(static_cast<std::uint32_t>(i), seed) >> 12) * 0x1p-20 - 0.5));
+  return v;
+}
+template <class T, class... Ints>
+auto input(std::uint32_t seed, range r, Ints... extents) {
+  return test::upload<T>(input_values(seed, (std::int64_t{1} * ... * extents), r), extents...);
+}
+template <class T, class... Ints>
+auto result(Ints... extents) {
+  return test::poisoned<T>(extents...);
+}
+/// What parameters' gradients are added to.
+template <class T, class... Ints>
+auto sums(Ints... extents) {
+  return zeros<T>(make_policy(), extents...);
+}
+template <class T>
+auto offsets(std::initializer_list<T> v) {
+  return test::upload<std::int64_t>(test::values(v.begin(), v.end()), static_cast<std::int64_t>(v.size()));
+}
+
+test_policy const policy = make_policy();
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("golden: causal_conv1d", T, double, float) {
+  golden g("causal_conv1d");
+  {
+    auto const x = input<T>(1, {2}, 2, 5, 3), s = input<T>(4, {2}, 2, 3, 3), d_y = input<T>(5, {}, 2, 5, 3);
+    auto const w = input<T>(2, {2}, 3, 4);
+    auto const b = input<T>(3, {}, 3);
+    auto const d_final = input<T>(6, {}, 2, 3, 3);
+    auto y = result<T>(2, 5, 3), last = result<T>(2, 3, 3), d_x = result<T>(2, 5, 3), d_s = result<T>(2, 3, 3);
+    auto d_w = sums<T>(3, 4);
+    auto d_b = sums<T>(3);
+    causal_conv1d::forward(policy, {.x = x, .weight = w, .bias = b, .initial_state = s, .silu = true}, y, last);
+    causal_conv1d::backward<test_policy, T>(
+        policy,
+        {.x = x, .weight = w, .bias = b, .initial_state = s, .silu = true, .d_y = d_y, .d_final_state = d_final},
+        {.d_x = d_x, .d_weight = d_w, .d_bias = d_b, .d_initial_state = d_s});
+    g.check("silu.y", y);
+    g.check("silu.final_state", last);
+    g.check("silu.d_x", d_x);
+    g.check("silu.d_weight", d_w);
+    g.check("silu.d_bias", d_b);
+    g.check("silu.d_initial_state", d_s);
+  }
+  auto const x = input<T>(7, {2}, 1, 6, 2), d_y = input<T>(9, {}, 1, 6, 2);
+  auto const w = input<T>(8, {2}, 2, 3);
+  auto const packed = offsets({0, 1, 1, 6});
+  auto y = result<T>(1, 6, 2), last = result<T>(3, 2, 2), d_x = result<T>(1, 6, 2);
+  auto d_w = sums<T>(2, 3);
+  causal_conv1d::forward(policy, {.x = x, .weight = w, .cu_seqlens = packed}, y, last);
+  causal_conv1d::backward<test_policy, T>(policy, {.x = x, .weight = w, .cu_seqlens = packed, .d_y = d_y},
+                                          {.d_x = d_x, .d_weight = d_w});
+  g.check("packed.y", y);
+  g.check("packed.final_state", last);
+  g.check("packed.d_x", d_x);
+  g.check("packed.d_weight", d_w);
+}
+
+TEST_CASE_TEMPLATE("golden: selective_scan", T, double, float) {
+  golden g("selective_scan");
+  constexpr int N = 4;
+  {
+    auto const u = input<T>(1, {2}, 2, 4, 2), delta = input<T>(2, {4}, 2, 4, 2), z = input<T>(7, {4}, 2, 4, 2);
+    auto const B = input<T>(4, {2}, 2, 4, N), C = input<T>(5, {2}, 2, 4, N), d_y = input<T>(10, {}, 2, 4, 2);
+    auto const A = input<T>(3, {2}, 2, N);
+    auto const D = input<T>(6, {2, 1}, 2), bias = input<T>(8, {2, -1}, 2);
+    auto const h = input<T>(9, {2}, 2, 2, N), d_final = input<T>(11, {}, 2, 2, N);
+    auto y = result<T>(2, 4, 2), last = result<T>(2, 2, N);
+    auto checkpoints = result<T>(selective_scan::checkpoint_size<N>(2, 4, 2, 2));
+    auto d_u = result<T>(2, 4, 2), d_delta = result<T>(2, 4, 2), d_z = result<T>(2, 4, 2), d_h = result<T>(2, 2, N);
+    auto d_B = result<T>(2, 4, N), d_C = result<T>(2, 4, N);
+    auto d_A = sums<T>(2, N);
+    auto d_D = sums<T>(2), d_bias = sums<T>(2);
+    selective_scan::forward<N>(policy,
+                               {.u = u,
+                                .delta = delta,
+                                .A = A,
+                                .B = B,
+                                .C = C,
+                                .D = D,
+                                .z = z,
+                                .delta_bias = bias,
+                                .initial_state = h,
+                                .delta_softplus = true,
+                                .A_is_log = true},
+                               y, {.final_state = last, .checkpoints = checkpoints});
+    selective_scan::backward<N, test_policy, T>(policy,
+                                                {.u = u,
+                                                 .delta = delta,
+                                                 .A = A,
+                                                 .B = B,
+                                                 .C = C,
+                                                 .D = D,
+                                                 .z = z,
+                                                 .delta_bias = bias,
+                                                 .initial_state = h,
+                                                 .delta_softplus = true,
+                                                 .A_is_log = true,
+                                                 .checkpoints = checkpoints,
+                                                 .d_y = d_y,
+                                                 .d_final_state = d_final},
+                                                {.d_u = d_u,
+                                                 .d_delta = d_delta,
+                                                 .d_A = d_A,
+                                                 .d_B = d_B,
+                                                 .d_C = d_C,
+                                                 .d_D = d_D,
+                                                 .d_z = d_z,
+                                                 .d_delta_bias = d_bias,
+                                                 .d_initial_state = d_h});
+    g.check("mamba.y", y);
+    g.check("mamba.final_state", last);
+    g.check("mamba.d_u", d_u);
+    g.check("mamba.d_delta", d_delta);
+    g.check("mamba.d_A", d_A);
+    g.check("mamba.d_B", d_B);
+    g.check("mamba.d_C", d_C);
+    g.check("mamba.d_D", d_D);
+    g.check("mamba.d_z", d_z);
+    g.check("mamba.d_delta_bias", d_bias);
+    g.check("mamba.d_initial_state", d_h);
+  }
+  auto const u = input<T>(12, {2}, 1, 6, 3), delta = input<T>(13, {0.5, 0.5}, 1, 6, 3), d_y = input<T>(17, {}, 1, 6, 3);
+  auto const B = input<T>(15, {2}, 1, 6, N), C = input<T>(16, {2}, 1, 6, N);
+  auto const A = input<T>(14, {1, -1}, 3, N);
+  auto const packed = offsets({0, 2, 2, 6});
+  auto y = result<T>(1, 6, 3), last = result<T>(3, 3, N), d_u = result<T>(1, 6, 3), d_delta = result<T>(1, 6, 3);
+  auto checkpoints = result<T>(selective_scan::checkpoint_size<N>(1, 6, 3, 3));
+  auto d_B = result<T>(1, 6, N), d_C = result<T>(1, 6, N);
+  auto d_A = sums<T>(3, N);
+  selective_scan::forward<N>(policy, {.u = u, .delta = delta, .A = A, .B = B, .C = C, .cu_seqlens = packed}, y,
+                             {.final_state = last, .checkpoints = checkpoints});
+  selective_scan::backward<N, test_policy, T>(
+      policy,
+      {.u = u, .delta = delta, .A = A, .B = B, .C = C, .cu_seqlens = packed, .checkpoints = checkpoints, .d_y = d_y},
+      {.d_u = d_u, .d_delta = d_delta, .d_A = d_A, .d_B = d_B, .d_C = d_C});
+  g.check("packed.y", y);
+  g.check("packed.final_state", last);
+  g.check("packed.d_u", d_u);
+  g.check("packed.d_delta", d_delta);
+  g.check("packed.d_A", d_A);
+  g.check("packed.d_B", d_B);
+  g.check("packed.d_C", d_C);
+}
+
+TEST_CASE_TEMPLATE("golden: rms_norm and layer_norm", T, double, float) {
+  auto const x = input<T>(1, {2}, 3, 5), residual = input<T>(2, {4}, 3, 5), d_y = input<T>(5, {}, 3, 5);
+  auto const w = input<T>(3, {1, 1}, 5), b = input<T>(4, {}, 5);
+  auto const d_past = input<T>(6, {}, 3, 5);
+  auto y = result<T>(3, 5), sum = result<T>(3, 5), d_s = result<T>(3, 5);
+  auto mean = result<T>(3), rstd = result<T>(3);
+  {
+    golden g("rms_norm");
+    auto d_w = sums<T>(5);
+    rms_norm::forward(policy, {.x = x, .weight = w, .residual = residual}, y, {.sum = sum, .rstd = rstd});
+    rms_norm::backward<test_policy, T, T>(
+        policy, {.sum = sum, .rstd = rstd, .weight = w, .d_y = d_y, .d_residual = d_past}, d_s, d_w);
+    g.check("residual.y", y);
+    g.check("residual.sum", sum);
+    g.check("residual.d_s", d_s);
+    g.check("residual.d_weight", d_w);
+  }
+  golden g("layer_norm");
+  auto d_w = sums<T>(5), d_b = sums<T>(5);
+  layer_norm::forward(policy, {.x = x, .weight = w, .bias = b, .residual = residual}, y,
+                      {.sum = sum, .rstd = rstd, .mean = mean});
+  layer_norm::backward<test_policy, T, T>(
+      policy, {.sum = sum, .rstd = rstd, .mean = mean, .weight = w, .d_y = d_y, .d_residual = d_past}, d_s, d_w, d_b);
+  g.check("residual.y", y);
+  g.check("residual.sum", sum);
+  g.check("residual.d_s", d_s);
+  g.check("residual.d_weight", d_w);
+  g.check("residual.d_bias", d_b);
+}
+
+namespace {
+template <class Activation, class T>
+void check_gated_activation(golden& g, std::string const& name) {
+  auto const gate = input<T>(1, {8}, 3, 7), up = input<T>(2, {2}, 3, 7), d_y = input<T>(3, {}, 3, 7);
+  auto y = result<T>(3, 7), d_gate = result<T>(3, 7), d_up = result<T>(3, 7);
+  gated_activation::forward<Activation>(policy, gate, up, y);
+  gated_activation::backward<Activation, test_policy, T>(policy, {.gate = gate, .up = up, .d_y = d_y},
+                                                         {.d_gate = d_gate, .d_up = d_up});
+  g.check(name + ".y", y);
+  g.check(name + ".d_gate", d_gate);
+  g.check(name + ".d_up", d_up);
+}
+}  // namespace
+
+TEST_CASE_TEMPLATE("golden: gated_activation", T, double, float) {
+  golden g("gated_activation");
+  check_gated_activation<activation::silu, T>(g, "silu");
+  check_gated_activation<activation::gelu, T>(g, "gelu");
+}
+
+namespace {
+/// BlackMamba's routed layer out of the operators: router, permute, experts, combine; and back.
+template <class Activation, class T>
+void check_routed_layer(golden& g, std::string const& name) {
+  std::int64_t const M = 7, H = 4, D = 3, E = 3;
+  auto const x = input<T>(1, {4}, M, H), d_y = input<T>(2, {}, M, H), w = input<T>(3, {2}, E, H);
+  auto const b = input<T>(4, {}, E), offset = input<T>(7, {2}, E);
+  auto const fc1 = input<T>(5, {2}, E, 2 * D, H), fc2 = input<T>(6, {2}, E, H, D);
+  auto logits = result<T>(M, E), gate = result<T>(M, 1), y = result<T>(M, H);
+  auto expert = result<std::int32_t>(M, 1);
+  auto first = result<std::int64_t>(E + 1);
+  auto source = result<std::int32_t>(M), row = result<std::int32_t>(M);
+  auto rows = result<T>(M, H), hidden = result<T>(M, 2 * D), active = result<T>(M, D), out_rows = result<T>(M, H);
+  expert_dispatch::routing<test_policy> const plan{.offsets = first, .source = source, .row = row};
+  router::selection<test_policy, T> const chosen{.expert = expert, .gate = gate};
+
+  linear::forward(policy, {.x = x, .weight = w, .bias = b}, logits.as_view());
+  router::forward(policy, {.logits = logits, .offset = offset}, chosen, {.beta = 2});
+  expert_dispatch::plan(policy, expert, plan);
+  expert_dispatch::permute(policy, plan, x, rows.as_view());
+  grouped_linear::forward(policy, {.x = rows, .weight = fc1, .offsets = first}, hidden.as_view());
+  gated_activation::forward<Activation>(policy, hidden.columns(0, D), hidden.columns(D, D), active.as_view());
+  grouped_linear::forward(policy, {.x = active, .weight = fc2, .offsets = first}, out_rows.as_view());
+  expert_dispatch::combine(policy, plan, out_rows, gate, y.as_view());
+  test::check_equal(test::download(expert), g[name + ".expert"], name + ".expert");
+  g.check(name + ".y", y);
+
+  auto d_out_rows = result<T>(M, H), d_active = result<T>(M, D), d_hidden = result<T>(M, 2 * D),
+       d_rows = result<T>(M, H);
+  auto d_gate = result<T>(M, 1), d_logits = result<T>(M, E), d_x = result<T>(M, H), d_w = sums<T>(E, H);
+  auto d_b = sums<T>(E);
+  auto d_fc1 = sums<T>(E, 2 * D, H), d_fc2 = sums<T>(E, H, D);
+  expert_dispatch::combine_gradients<test_policy, T> const d_combined{.d_rows = d_out_rows, .d_gate = d_gate};
+  expert_dispatch::combine_backward(policy, plan, {.rows = out_rows, .gate = gate, .d_y = d_y}, d_combined);
+  grouped_linear::backward<test_policy, T>(policy, {.x = active, .weight = fc2, .offsets = first, .d_y = d_out_rows},
+                                           {.d_x = d_active, .d_weight = d_fc2});
+  gated_activation::backward<Activation, test_policy, T>(
+      policy, {.gate = hidden.columns(0, D), .up = hidden.columns(D, D), .d_y = d_active},
+      {.d_gate = d_hidden.columns(0, D), .d_up = d_hidden.columns(D, D)});
+  grouped_linear::backward<test_policy, T>(policy, {.x = rows, .weight = fc1, .offsets = first, .d_y = d_hidden},
+                                           {.d_x = d_rows, .d_weight = d_fc1});
+  expert_dispatch::permute_backward(policy, plan, d_rows, d_x.as_view());
+  router::backward(policy, {.logits = logits, .expert = expert, .d_gate = d_gate}, d_logits.as_view());
+  linear::backward<test_policy, T>(policy, {.x = x, .weight = w, .d_y = d_logits},
+                                   {.d_x = d_x, .d_weight = d_w, .d_bias = d_b, .d_x_update = update::accumulate});
+  g.check(name + ".d_x", d_x);
+  g.check(name + ".d_weight", d_w);
+  g.check(name + ".d_bias", d_b);
+  g.check(name + ".d_fc1", d_fc1);
+  g.check(name + ".d_fc2", d_fc2);
+}
+}  // namespace
+
+TEST_CASE_TEMPLATE("golden: router and experts", T, double, float) {
+  golden g("router");
+  check_routed_layer<activation::silu, T>(g, "swiglu");
+  check_routed_layer<activation::gelu, T>(g, "geglu");
+  auto const logits = input<T>(8, {4}, 5, 4), d_gate = input<T>(9, {}, 5, 2);
+  for (auto const& [name, gate] : {std::pair<std::string, gate_function>{"sigmoid", gate_function::sigmoid},
+                                   {"softmax", gate_function::softmax},
+                                   {"softmax_selected", gate_function::softmax_selected}}) {
+    auto expert = result<std::int32_t>(5, 2);
+    auto weight = result<T>(5, 2), d_logits = result<T>(5, 4);
+    router::selection<test_policy, T> const chosen{.expert = expert, .gate = weight};
+    router::forward(policy, {.logits = logits}, chosen, {.gate = gate});
+    router::backward(policy, {.logits = logits, .expert = expert, .d_gate = d_gate}, d_logits.as_view(), gate);
+    test::check_equal(test::download(expert), g[name + ".expert"], name + ".expert");
+    g.check(name + ".gate", weight);
+    g.check(name + ".d_logits", d_logits);
+  }
+}
+
+TEST_CASE_TEMPLATE("golden: attention", T, double, float) {
+  golden g("attention");
+  for (auto const& [name, base] : {std::pair<std::string, float>{"packed", 10000}, {"packed_without_rotary", 0}}) {
+    auto const q = input<T>(1, {4}, 1, 6, 2, 4), d_y = input<T>(4, {}, 1, 6, 2, 4);
+    auto const k = input<T>(2, {4}, 1, 6, 1, 4), v = input<T>(3, {2}, 1, 6, 1, 4);
+    auto const packed = offsets({0, 2, 2, 6});
+    auto y = result<T>(1, 6, 2, 4), d_q = result<T>(1, 6, 2, 4);
+    auto d_k = result<T>(1, 6, 1, 4), d_v = result<T>(1, 6, 1, 4);
+    auto lse = result<T>(1, 2, 6);
+    attention::forward(policy, {.q = q, .k = k, .v = v, .cu_seqlens = packed, .rotary_base = base}, y, {.lse = lse});
+    attention::backward<test_policy, T>(
+        policy, {.q = q, .k = k, .v = v, .y = y, .lse = lse, .d_y = d_y, .cu_seqlens = packed, .rotary_base = base},
+        {.d_q = d_q, .d_k = d_k, .d_v = d_v});
+    g.check(name + ".y", y);
+    g.check(name + ".lse", lse);
+    g.check(name + ".d_q", d_q);
+    g.check(name + ".d_k", d_k);
+    g.check(name + ".d_v", d_v);
+  }
+  auto const q = input<T>(5, {4}, 1, 150, 4, 8), d_y = input<T>(8, {}, 1, 150, 4, 8);
+  auto const k = input<T>(6, {4}, 1, 150, 2, 8), v = input<T>(7, {2}, 1, 150, 2, 8);
+  auto y = result<T>(1, 150, 4, 8), d_q = result<T>(1, 150, 4, 8);
+  auto d_k = result<T>(1, 150, 2, 8), d_v = result<T>(1, 150, 2, 8);
+  auto lse = result<T>(1, 4, 150);
+  attention::forward(policy, {.q = q, .k = k, .v = v}, y, {.lse = lse});
+  attention::backward<test_policy, T>(policy, {.q = q, .k = k, .v = v, .y = y, .lse = lse, .d_y = d_y},
+                                      {.d_q = d_q, .d_k = d_k, .d_v = d_v});
+  auto const all_y = test::download(y), all_lse = test::download(lse);
+  g.check<T>("long.last_y", test::values(all_y.end() - 32, all_y.end()));
+  g.check<T>("long.last_lse", test::values{all_lse[149], all_lse[299], all_lse[449], all_lse[599]});
+  auto const summary = [](test::values const& gradient, std::uint32_t probe) {
+    return test::values{test::weighted_sum(gradient, input_values(probe, static_cast<std::int64_t>(gradient.size()))),
+                        std::sqrt(test::weighted_sum(gradient, gradient))};
+  };
+  g.check<T>("long.d_q", summary(test::download(d_q), 9));
+  g.check<T>("long.d_k", summary(test::download(d_k), 10));
+  g.check<T>("long.d_v", summary(test::download(d_v), 11));
+}
+
+TEST_CASE_TEMPLATE("golden: cross_entropy", T, double, float) {
+  golden g("cross_entropy");
+  auto const logits = input<T>(1, {16}, 5, 7);
+  auto const target = test::upload<std::int32_t>({3, -1, 0, 6, 3}, 5);
+  auto loss = result<T>(1), row_loss = result<T>(5), lse = result<T>(5);
+  auto d_logits = result<T>(5, 7);
+  cross_entropy::results<test_policy, T> const results{.loss = loss, .row_loss = row_loss, .lse = lse};
+  cross_entropy::forward(policy, {.logits = logits, .target = target}, results);
+  cross_entropy::backward(policy, {.logits = logits, .target = target, .lse = lse, .scale = T(0.25)},
+                          d_logits.as_view());
+  g.check("sum.loss", loss);
+  g.check("sum.row_loss", row_loss);
+  g.check("sum.d_logits", d_logits);
+}
+
+TEST_CASE_TEMPLATE("golden: adamw", T, double, float) {
+  golden g("adamw");
+  adamw::group const groups[] = {{.end = 6, .weight_decay = 0.125},
+                                 {.end = 10, .weight_decay = 0, .learning_rate_scale = 0.5}};
+  for (auto const& [name, max_norm] : {std::pair<std::string, double>{"clipped", 0.5}, {"unclipped", 0.0}}) {
+    auto parameter = input<T>(1, {2}, 10), first = sums<T>(10), second = sums<T>(10), norm = result<T>(1);
+    for (int step = 1; step <= 3; ++step) {
+      auto const gradient = input<T>(static_cast<std::uint32_t>(1 + step), {}, 10);
+      adamw::norm(policy, gradient, norm.as_view());
+      g.check(name + ".norm" + std::to_string(step), norm);
+      adamw::tensors<test_policy, T> const on{
+          .parameter = parameter, .gradient = gradient, .first_moment = first, .second_moment = second};
+      adamw::step(
+          policy, on, norm, groups,
+          {.learning_rate = 0x1p-7, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .step = step, .max_norm = max_norm});
+    }
+    g.check(name + ".parameter", parameter);
+    g.check(name + ".first_moment", first);
+    g.check(name + ".second_moment", second);
+  }
+}
+
+TEST_CASE_TEMPLATE("golden: sinkhorn", T, double, float) {
+  golden g("sinkhorn");
+  auto x = input_values(1, 36, {2});
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] += std::array{0.5, 0.0, -0.25}[i % 3];
+  auto const logits = test::upload<T>(x, 12, 3);
+  auto const run = [&](std::string const& name, sinkhorn_options const& how) {
+    auto offset = sums<T>(3);
+    tensor<test::test_space, sinkhorn_report, dyn> report(1);
+    auto plan = result<T>(12, 3);
+    sinkhorn::forward(policy, logits, offset.as_view(), report, how, plan);
+    g.check(name + ".offset", offset);
+    g.check(name + ".plan", plan);
+    tensor<space::host, sinkhorn_report, dyn> host(1);
+    memory::download(policy, report.as_view(), host.as_view());
+    return host(0);
+  };
+  for (auto const& [name, mode] :
+       {std::pair<std::string, sinkhorn_mode>{"reference", sinkhorn_mode::reference}, {"ones", sinkhorn_mode::ones}}) {
+    auto const report = run(name, {.mode = mode});
+    CHECK(report.passes == g[name + ".passes"][0]);
+    CHECK(std::abs(static_cast<double>(report.error) - g[name + ".error"][0]) <= 1e-6);
+  }
+  run("sound", {.tolerance = std::is_same_v<T, double> ? 1e-12 : 1e-6});
+}
