@@ -1,0 +1,246 @@
+#pragma once
+#include <blackmamba/core/error.hpp>
+#include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/workspace.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+namespace blackmamba {
+
+/// The selective state-space recurrence of Mamba (Gu and Dao, arXiv 2312.00752, algorithm 2 and eq. 2a, 2b). Channel d
+/// of D has N states, which its own step size dt, and the projections B and C that all channels share, drive and read:
+///
+///   dt_t = delta_t + delta_bias                       (softplus of that with delta_softplus)
+///   h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t         h: N states for each channel
+///   y_t  = (C_t . h_t + D u_t) silu(z_t)              (no factor without z, no second term without D)
+///
+/// Sequences are rows of the batch, or with cu_seqlens the pieces [cu_seqlens[s], cu_seqlens[s+1]) of the one row; S
+/// stands for their number, and states have one row for each. A sequence in two calls, with the final state of the
+/// first as the initial state of the second, gives what one call gives.
+///
+/// Arithmetic and states are in accum_t<T>, written A below where it is a type. Of size L D N nothing is stored:
+/// training keeps the state at the beginning of every chunk_length steps (checkpoints), and backward runs each chunk
+/// again. Bitwise repeatable, independent of the number of threads and of the other sequences. Asynchronous on cuda.
+struct selective_scan {
+  /// u, delta, z, B, C may be slices of wider tensors.
+  template <device_policy P, storage T, int N>
+  struct inputs {
+    in<P, T, dyn, dyn, dyn> u;                            // (B, L, D)
+    in<P, T, dyn, dyn, dyn> delta;                        // (B, L, D)
+    in<P, accum_t<T>, dyn, dyn> A;                        // (D, N)     any sign; decays have A < 0
+    in<P, T, dyn, dyn, dyn> B;                            // (B, L, N)
+    in<P, T, dyn, dyn, dyn> C;                            // (B, L, N)
+    in<P, accum_t<T>, dyn> D = {};                        // (D)        optional
+    in<P, T, dyn, dyn, dyn> z = {};                       // (B, L, D)  optional
+    in<P, accum_t<T>, dyn> delta_bias = {};               // (D)        optional
+    in<P, accum_t<T>, dyn, dyn, dyn> initial_state = {};  // (S, D, N)  optional; zeros
+    in<P, std::int64_t, dyn> cu_seqlens = {};             // (S + 1)    optional; B = 1; from 0 to L, non-decreasing
+    bool delta_softplus = false;
+    bool A_is_log = false;  // the decay rate is -exp(A) in place of A
+  };
+  template <device_policy P, storage T>
+  struct results {
+    out<P, accum_t<T>, dyn, dyn, dyn> final_state = {};  // (S, D, N)  optional; of an empty sequence the initial one
+    out<P, accum_t<T>, dyn> checkpoints = {};            // (n)        optional; what backward needs
+  };
+  /// y (B, L, D) aliases no input, final_state no initial_state. dt A log2(e) is taken to lie in [-126, 127.9].
+  template <int N, device_policy P, storage T>
+  static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T, N>> const& in,
+                      out<P, T, dyn, dyn, dyn> y, std::type_identity_t<results<home<P>, T>> const& keep = {}) {
+    auto const batch = y.extent(0), length = y.extent(1), channels = y.extent(2);
+    std::int64_t const states = check_inputs<N>("selective_scan", in, batch, length, channels);
+    check_optional_shape("selective_scan", "final_state", keep.final_state, {states, channels, N});
+    check_optional_shape("selective_scan", "checkpoints", keep.checkpoints,
+                         {checkpoint_size<N>(batch, length, channels, states)});
+    if (channels == 0 || batch == 0) return;
+    backend_of<selective_scan, P>::forward(policy, in, y, keep);
+  }
+
+  /// The inputs of forward, the checkpoints that it left, and the gradients that reach its outputs.
+  template <device_policy P, storage T, int N>
+  struct gradient_inputs {
+    in<P, T, dyn, dyn, dyn> u;                            // (B, L, D)
+    in<P, T, dyn, dyn, dyn> delta;                        // (B, L, D)
+    in<P, accum_t<T>, dyn, dyn> A;                        // (D, N)
+    in<P, T, dyn, dyn, dyn> B;                            // (B, L, N)
+    in<P, T, dyn, dyn, dyn> C;                            // (B, L, N)
+    in<P, accum_t<T>, dyn> D = {};                        // (D)        optional
+    in<P, T, dyn, dyn, dyn> z = {};                       // (B, L, D)  optional
+    in<P, accum_t<T>, dyn> delta_bias = {};               // (D)        optional
+    in<P, accum_t<T>, dyn, dyn, dyn> initial_state = {};  // (S, D, N)  optional
+    in<P, std::int64_t, dyn> cu_seqlens = {};             // (S + 1)    optional
+    bool delta_softplus = false;
+    bool A_is_log = false;
+    in<P, accum_t<T>, dyn> checkpoints = {};              // (n)        from forward, with the same inputs
+    in<P, T, dyn, dyn, dyn> d_y = {};                     // (B, L, D)
+    in<P, accum_t<T>, dyn, dyn, dyn> d_final_state = {};  // (S, D, N)  optional; zeros
+  };
+  /// Gradients of activations and of the initial state overwrite, those of A, D and delta_bias are added. The last five
+  /// are wanted where present.
+  template <device_policy P, storage T>
+  struct gradients {
+    out<P, T, dyn, dyn, dyn> d_u;               // (B, L, D)
+    out<P, T, dyn, dyn, dyn> d_delta;           // (B, L, D)  with respect to delta itself
+    out<P, accum_t<T>, dyn, dyn> d_A = {};      // (D, N)  +=  with respect to A as given, so to its logarithm
+    out<P, T, dyn, dyn, dyn> d_B = {};          // (B, L, N)
+    out<P, T, dyn, dyn, dyn> d_C = {};          // (B, L, N)
+    out<P, accum_t<T>, dyn> d_D = {};           // (D)     +=
+    out<P, T, dyn, dyn, dyn> d_z = {};          // (B, L, D)
+    out<P, accum_t<T>, dyn> d_delta_bias = {};  // (D)     +=
+    out<P, accum_t<T>, dyn, dyn, dyn> d_initial_state = {};  // (S, D, N)
+  };
+  /// d_z may alias z; the other gradients alias no input. All of (B, L, ...) may be slices of wider tensors.
+  /// d_B and d_C are sums over channels, in groups of group_channels, then over groups, in order.
+  /// Scratch: scratch_bytes<N, T>(B, L, D, S).
+  template <int N, device_policy P, storage T>
+  static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, N>> const& in,
+                       std::type_identity_t<gradients<home<P>, T>> const& d) {
+    constexpr char const* op = "selective_scan.backward";
+    auto const batch = in.d_y.extent(0), length = in.d_y.extent(1), channels = in.d_y.extent(2);
+    std::int64_t const states = check_inputs<N>(op, in, batch, length, channels);
+    check_shape(op, "checkpoints", in.checkpoints, {checkpoint_size<N>(batch, length, channels, states)});
+    check_optional_shape(op, "d_final_state", in.d_final_state, {states, channels, N});
+    check_shape(op, "d_u", d.d_u, {batch, length, channels});
+    check_shape(op, "d_delta", d.d_delta, {batch, length, channels});
+    check_shape(op, "d_B", d.d_B, {batch, length, N});
+    check_shape(op, "d_C", d.d_C, {batch, length, N});
+    check_optional_shape(op, "d_A", d.d_A, {channels, N});
+    check_of_optional(op, "d_D", d.d_D, {channels}, "D", in.D.present());
+    check_of_optional(op, "d_z", d.d_z, {batch, length, channels}, "z", in.z.present());
+    check_of_optional(op, "d_delta_bias", d.d_delta_bias, {channels}, "delta_bias", in.delta_bias.present());
+    check_optional_shape(op, "d_initial_state", d.d_initial_state, {states, channels, N});
+    if (batch == 0) return;
+    scratch<P> memory(policy, scratch_bytes<N, T>(batch, length, channels, states));
+    std::int64_t const parts = streams(batch, states), groups = channel_groups(channels),
+                       width = groups * group_channels;
+    workspace<home<P>, T> const work{
+        .carry = memory.template allocate<accum_t<T>>(parts, N, width),
+        .d_A = memory.template allocate<accum_t<T>>(parts, N, width),
+        .d_channel = memory.template allocate<accum_t<T>>(parts, 2, width),
+        .d_projection = memory.template allocate<accum_t<T>>(parts, band_steps(batch, length, states), groups, 2 * N),
+    };
+    backend_of<selective_scan, P>::backward(policy, in, d, work);
+  }
+
+  /// One token of each sequence.
+  template <device_policy P, storage T, int N>
+  struct step_inputs {
+    in<P, T, dyn, dyn> u;                    // (B, D)
+    in<P, T, dyn, dyn> delta;                // (B, D)
+    in<P, accum_t<T>, dyn, dyn> A;           // (D, N)
+    in<P, T, dyn, dyn> B;                    // (B, N)
+    in<P, T, dyn, dyn> C;                    // (B, N)
+    in<P, accum_t<T>, dyn> D = {};           // (D)     optional
+    in<P, T, dyn, dyn> z = {};               // (B, D)  optional
+    in<P, accum_t<T>, dyn> delta_bias = {};  // (D)     optional
+    bool delta_softplus = false;
+    bool A_is_log = false;
+  };
+  /// y (B, D) and the state (B, D, N), moved on in place: forward at L = 1. y may alias u, delta or z.
+  template <int N, device_policy P, storage T>
+  static void step(P const& policy, std::type_identity_t<step_inputs<home<P>, T, N>> const& in,
+                   std::type_identity_t<out<P, accum_t<T>, dyn, dyn, dyn>> state, out<P, T, dyn, dyn> y) {
+    constexpr char const* op = "selective_scan.step";
+    check_states<N>();
+    auto const batch = y.extent(0), channels = y.extent(1);
+    check_shape(op, "u", in.u, {batch, channels});
+    check_shape(op, "delta", in.delta, {batch, channels});
+    check_shape(op, "A", in.A, {channels, N});
+    check_shape(op, "B", in.B, {batch, N});
+    check_shape(op, "C", in.C, {batch, N});
+    check_optional_shape(op, "D", in.D, {channels});
+    check_optional_shape(op, "z", in.z, {batch, channels});
+    check_optional_shape(op, "delta_bias", in.delta_bias, {channels});
+    check_shape(op, "state", state, {batch, channels, N});
+    if (y.size() > 0) backend_of<selective_scan, P>::step(policy, in, state, y);
+  }
+
+  /// A checkpoint is taken at the beginning of every so many steps of a sequence.
+  static constexpr std::int64_t chunk_length = 32;
+  /// Checkpoints for each row of the batch, or for so many sequences packed in one row: each begins a chunk of its own.
+  static constexpr std::int64_t chunks(std::int64_t batch, std::int64_t length, std::int64_t sequences) {
+    return batch == 1 ? length / chunk_length + std::max<std::int64_t>(sequences, 1)
+                      : std::max<std::int64_t>((length + chunk_length - 1) / chunk_length, 1);
+  }
+  /// Elements of accum_t<T> that forward's checkpoints take. For one row, sequences is the number packed in it.
+  template <int N>
+  static constexpr std::int64_t checkpoint_size(std::int64_t batch, std::int64_t length, std::int64_t channels,
+                                                std::int64_t sequences) {
+    return batch * chunks(batch, length, sequences) * N * channels;
+  }
+
+  /// Backward works on so many channels at a time, and on so many chunks before it sums d_B and d_C over the channels.
+  static constexpr std::int64_t group_channels = 64;
+  static constexpr std::int64_t band_chunks = 16;
+  static constexpr std::int64_t channel_groups(std::int64_t channels) {
+    return (channels + group_channels - 1) / group_channels;
+  }
+  static constexpr std::int64_t band_steps(std::int64_t batch, std::int64_t length, std::int64_t sequences) {
+    return std::min(band_chunks, chunks(batch, length, sequences)) * chunk_length;
+  }
+  /// Parts of the batch that backward works on side by side: its rows, or of a packed row up to eight pieces.
+  static constexpr std::int64_t streams(std::int64_t batch, std::int64_t sequences) {
+    return batch == 1 ? std::clamp<std::int64_t>(sequences, 1, 8) : batch;
+  }
+  template <int N, storage T>
+  static constexpr std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,
+                                             std::int64_t sequences) {
+    auto const parts = streams(batch, sequences), groups = channel_groups(channels), width = groups * group_channels;
+    auto const bytes = [](std::int64_t n) { return sizeof(accum_t<T>) * static_cast<std::size_t>(n); };
+    return scratch_sum(bytes(parts * N * width), bytes(parts * N * width), bytes(parts * 2 * width),
+                       bytes(parts * band_steps(batch, length, sequences) * groups * 2 * N));
+  }
+  /// What backward keeps while it runs; width is D rounded up to whole groups.
+  template <device_policy P, storage T>
+  struct workspace {
+    out<P, accum_t<T>, dyn, dyn, dyn> carry;              // (streams, N, width)  gradient of the state between bands
+    out<P, accum_t<T>, dyn, dyn, dyn> d_A;                // (streams, N, width)
+    out<P, accum_t<T>, dyn, dyn, dyn> d_channel;          // (streams, 2, width)  d_D and d_delta_bias
+    out<P, accum_t<T>, dyn, dyn, dyn, dyn> d_projection;  // (streams, band_steps, groups, 2 N)  d_B and d_C
+  };
+
+ private:
+  template <int N>
+  static constexpr void check_states() {
+    static_assert(N >= 1 && N <= 256,
+                  "blackmamba: selective_scan: N, the number of states of a channel, must lie in 1 to 256; choose a "
+                  "smaller d_state");
+  }
+  /// @returns the number of rows that states have
+  template <int N, class Inputs>
+  static std::int64_t check_inputs(char const* op, Inputs const& in, std::int64_t batch, std::int64_t length,
+                                   std::int64_t channels) {
+    check_states<N>();
+    check_shape(op, "u", in.u, {batch, length, channels});
+    check_shape(op, "delta", in.delta, {batch, length, channels});
+    check_shape(op, "A", in.A, {channels, N});
+    check_shape(op, "B", in.B, {batch, length, N});
+    check_shape(op, "C", in.C, {batch, length, N});
+    check_optional_shape(op, "D", in.D, {channels});
+    check_optional_shape(op, "z", in.z, {batch, length, channels});
+    check_optional_shape(op, "delta_bias", in.delta_bias, {channels});
+    std::int64_t states = batch;
+    if (in.cu_seqlens.present()) {
+      check_that(batch == 1, op, "cu_seqlens", "a batch of " + std::to_string(batch) + " rows",
+                 "one row of packed sequences");
+      check_that(in.cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
+      states = in.cu_seqlens.extent(0) - 1;
+    }
+    check_optional_shape(op, "initial_state", in.initial_state, {states, channels, N});
+    return states;
+  }
+  template <class View>
+  static void check_of_optional(char const* op, char const* name, View const& view,
+                                std::initializer_list<std::int64_t> expected, char const* input, bool present) {
+    if (!view.present()) return;
+    check_that(present, op, name, "a gradient", std::string("none, for ") + input + " is absent");
+    check_shape(op, name, view, expected);
+  }
+};
+
+}  // namespace blackmamba
+
+#include <blackmamba/ops/selective_scan/selective_scan_cpu.hpp>

@@ -1,0 +1,124 @@
+#include "ops/selective_scan_problem.hpp"
+#include "support/support.hpp"
+
+#include <blackmamba/ops/selective_scan/selective_scan.hpp>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+using namespace blackmamba;
+using namespace selective_scan_problem;
+
+namespace {
+
+/// Random numbers of one case, drawn one after the other.
+class draw {
+ public:
+  explicit draw(std::uint64_t seed) : seed_(seed) {}
+  std::int64_t between(std::int64_t low, std::int64_t high) { return test::random_integer(seed_, i_++, low, high); }
+  bool coin() { return between(0, 1) == 1; }
+
+ private:
+  std::uint64_t seed_, i_ = 0;
+};
+
+/// Any combination of sizes, options and packing.
+template <int N>
+problem random_problem(draw& d, std::uint64_t seed) {
+  bool const packed = d.coin();
+  // Lengths around one and two chunks as often as shorter ones.
+  std::int64_t const length = d.coin() ? d.between(0, 12) : d.between(30, 70), channels = d.between(1, 20);
+  options o;
+  if (packed) {
+    for (std::int64_t s = d.between(0, 5); s > 0; --s) o.offsets.push_back(d.between(0, length));
+    o.offsets.push_back(0);
+    o.offsets.push_back(length);
+    std::sort(o.offsets.begin(), o.offsets.end());
+  }
+  problem p = make<float>(packed ? 1 : d.between(1, 3), length, channels, N, o, seed);
+  if (d.coin()) p.D = {};
+  if (d.coin()) p.z = {};
+  if (d.coin()) p.bias = {};
+  if (d.coin()) p.initial = {};
+  if (d.coin()) {
+    p.log = false;
+    for (auto& a : p.A) a = static_cast<float>(-std::exp(a));
+  }
+  if (d.coin()) {
+    p.softplus = false;
+    p.bias = {};
+    for (auto& x : p.delta) x = std::abs(x);
+  }
+  // Steps that forget everything, here and there.
+  if (d.between(0, 3) == 0)
+    for (std::size_t i = index(d.between(0, 9)); i < p.delta.size(); i += 10) p.delta[i] = 1000;
+  return p;
+}
+
+/// Requires each |actual - expected| <= tolerance * magnitude: magnitude is what the sum would be if no terms
+/// cancelled.
+void check_within(values const& actual, values const& expected, values const& magnitude, double tolerance,
+                  std::string const& what) {
+  REQUIRE(actual.size() == expected.size());
+  for (std::size_t i = 0; i < actual.size(); ++i)
+    if (!(std::abs(actual[i] - expected[i]) <= tolerance * magnitude[i]))
+      FAIL_CHECK(what << ": element " << i << " is " << actual[i] << ", expected " << expected[i] << " within "
+                      << tolerance * magnitude[i]);
+}
+
+template <int N>
+void check_case(std::uint64_t seed) {
+  draw d(seed);
+  problem const p = random_problem<N>(d, seed);
+  problem positive = p;
+  for (auto* v : {&positive.u, &positive.B, &positive.C, &positive.D, &positive.z, &positive.initial})
+    for (auto& x : *v) x = std::abs(x);
+  outputs const expected = reference(p), magnitude = reference(positive), actual = run<float, N>(p);
+  std::string const text = "case " + std::to_string(seed) + ": N " + std::to_string(N) + ", B " +
+                           std::to_string(p.batch) + ", L " + std::to_string(p.length) + ", D " +
+                           std::to_string(p.channels) + ": ";
+  check_within(actual.y, expected.y, magnitude.y, test::tolerance<float>(16 * p.length + N), text + "y");
+  check_within(actual.final_state, expected.final_state, magnitude.final_state, state_tolerance<float>(p.length),
+               text + "final_state");
+}
+
+}  // namespace
+
+TEST_CASE("selective_scan: equals its definition with any number of states") {
+  check_forward<float, 1>(make<float>(1, 65, 17, 1));
+  check_forward<float, 2>(make<float>(1, 65, 17, 2));
+  check_forward<float, 3>(make<float>(3, 65, 17, 3));
+  check_forward<float, 8>(make<float>(1, 65, 300, 8));
+  check_forward<float, 17>(make<float>(2, 65, 17, 17));
+  check_forward<float, 64>(make<float>(1, 65, 33, 64));
+  check_forward<float, 256>(make<float>(1, 33, 17, 256));
+}
+
+TEST_CASE("selective_scan: gradients equal the chain rule with any number of states") {
+  check_backward<float, 1>(make<float>(1, 65, 17, 1));
+  check_backward<float, 3>(make<float>(1, 65, 17, 3));
+  check_backward<float, 8>(make<float>(2, 65, 17, 8));
+  check_backward<float, 17>(make<float>(1, 65, 17, 17));
+  check_backward<float, 64>(make<float>(1, 33, 33, 64));
+}
+
+TEST_CASE("selective_scan: step equals forward with any number of states") {
+  check_step<float, 1>(2, 17, true);
+  check_step<float, 3>(2, 17, true);
+  check_step<float, 8>(2, 17, true);
+  check_step<float, 17>(2, 17, true);
+  check_step<float, 64>(2, 17, true);
+  check_step<float, 256>(1, 3, true);
+}
+
+TEST_CASE("selective_scan: equals its definition in 10,000 random cases") {
+  for (std::uint64_t seed = 1; seed <= 10000; ++seed) switch (seed % 6) {
+      case 0: check_case<1>(seed); break;
+      case 1: check_case<3>(seed); break;
+      case 2: check_case<8>(seed); break;
+      case 3: check_case<16>(seed); break;
+      case 4: check_case<17>(seed); break;
+      default: check_case<64>(seed); break;
+    }
+}
