@@ -15,7 +15,8 @@ using namespace blackmamba;
 struct trade {
   float lowest, highest, gain;
 };
-/// Two stretches, a before b: hold both, or buy in a and sell in b. Associative; not commutative, for time has a direction.
+/// Two stretches, a before b: hold both, or buy in a and sell in b. Associative; not commutative, for time has a
+/// direction.
 struct join {
   trade operator()(trade a, trade b) const {
     return {std::min(a.lowest, b.lowest), std::max(a.highest, b.highest),

@@ -1,5 +1,5 @@
-/// Scans as a share of what memory allows: bytes are those of the operands and results, each once; the floor is a STREAM
-/// triad (or a copy, for one operand) over arrays as long, with as many threads, in this program.
+/// Scans as a share of what memory allows: bytes are those of the operands and results, each once; the floor is a
+/// STREAM triad (or a copy, for one operand) over arrays as long, with as many threads, in this program.
 #include <blackmamba/core/random.hpp>
 #include <blackmamba/ops/associative_scan/associative_scan.hpp>
 #include <blackmamba/ops/associative_scan/first_order_recurrence.hpp>
@@ -82,7 +82,8 @@ void recurrence_channels_backward(benchmark::State& state) {
   std::int64_t const B = state.range(0), L = state.range(1), D = state.range(2), n = B * L * D;
   int const threads = threads_of(state, 3);
   device::cpu const policy{.threads = threads};
-  auto const a = filled<T>(1, 0.8f, 1.0f, B, L, D), h = filled<T>(2, -1, 1, B, L, D), d_h = filled<T>(3, -1, 1, B, L, D);
+  auto const a = filled<T>(1, 0.8f, 1.0f, B, L, D), h = filled<T>(2, -1, 1, B, L, D),
+             d_h = filled<T>(3, -1, 1, B, L, D);
   auto d_a = filled<T>(3, 0, 1, B, L, D), d_b = filled<T>(3, 0, 1, B, L, D);
   bench::measure(state, 5.0 * sizeof(T) * static_cast<double>(n), "of_triad", triad(n, threads),
                  [&] { first_order_recurrence::backward(policy, {.a = a, .h = h, .d_h = d_h}, d_a, d_b); });
@@ -90,7 +91,11 @@ void recurrence_channels_backward(benchmark::State& state) {
 void channel_shapes(benchmark::internal::Benchmark* b) {
   b->ArgNames({"B", "L", "D", "threads"});
   for (int threads : {0, 1}) b->Args({4, 2048, 1536, threads});
-  b->Args({1, 8192, 1536, 0})->Args({1, 1 << 20, 16, 0})->Args({2, 64, 512, 1})->Args({64, 256, 1000, 0})->UseRealTime();
+  b->Args({1, 8192, 1536, 0})
+      ->Args({1, 1 << 20, 16, 0})
+      ->Args({2, 64, 512, 1})
+      ->Args({64, 256, 1000, 0})
+      ->UseRealTime();
 }
 BENCHMARK(recurrence_channels<float>)->Apply(channel_shapes);
 BENCHMARK(recurrence_channels<bfloat16>)->Args({4, 2048, 1536, 0})->UseRealTime();

@@ -287,7 +287,8 @@ TEST_CASE("associative_scan: what is read and written converts to the element an
   }
 }
 
-TEST_CASE("associative_scan: in reverse it is the reversed row's scan, reversed; exclusive is inclusive, moved by one") {
+TEST_CASE(
+    "associative_scan: in reverse it is the reversed row's scan, reversed; exclusive is inclusive, moved by one") {
   for (std::int64_t length : {5, 16, 100, 8192, 20001}) {
     auto const values = test::random_normal(length, 1);
     std::vector<float> x(values.begin(), values.end()), mirrored(values.rbegin(), values.rend());

@@ -10,8 +10,8 @@
 namespace blackmamba::simd {
 
 namespace detail {
-/// Lane i = lane Index::at(i) of a followed by b. Written out, because nvcc's host pass does not expand a parameter pack
-/// among a builtin's arguments.
+/// Lane i = lane Index::at(i) of a followed by b. Written out, because nvcc's host pass does not expand a parameter
+/// pack among a builtin's arguments.
 template <class Index, class T, int N>
 BLACKMAMBA_INLINE pack<T, N> shuffle(pack<T, N> a, pack<T, N> b) {
   using I = Index;

@@ -36,8 +36,9 @@ concept associative_operator = requires(Operator const& op, scan_element<Operato
 ///
 /// Combinations are grouped in blocks of fixed length counted from each row's (sequence's) first visited element: the
 /// result is bitwise repeatable, independent of the number of threads and of neighbouring rows, and for operators that
-/// round it differs from that of one long fold by rounding. Blelloch, "Prefix sums and their applications", 1990; blocks
-/// hand their prefix on as in Merrill and Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016.
+/// round it differs from that of one long fold by rounding. Blelloch, "Prefix sums and their applications", 1990;
+/// blocks hand their prefix on as in Merrill and Garland, "Single-pass parallel prefix scan with decoupled look-back",
+/// 2016.
 struct associative_scan {
   /// Rank is x's: 2 for (R, L), 3 for (B, L, D).
   template <device_policy P, class E, int Rank>
@@ -55,20 +56,24 @@ struct associative_scan {
                       view<typename P::memory_space, Y, M...> y,
                       std::type_identity_t<options<home<P>, scan_element<Operator>, sizeof...(N)>> const& how = {}) {
     using E = scan_element<Operator>;
-    static_assert(associative_operator<Operator>,
-                  "blackmamba: associative_scan: the operator can't combine two elements; give it E operator()(E a, E b) "
-                  "const and E identity() const");
-    static_assert(std::is_trivially_copyable_v<E>,
-                  "blackmamba: associative_scan: the element type is not trivially copyable; scan indices or handles of "
-                  "such objects instead");
+    static_assert(
+        associative_operator<Operator>,
+        "blackmamba: associative_scan: the operator can't combine two elements; give it E operator()(E a, E b) "
+        "const and E identity() const");
+    static_assert(
+        std::is_trivially_copyable_v<E>,
+        "blackmamba: associative_scan: the element type is not trivially copyable; scan indices or handles of "
+        "such objects instead");
     static_assert(std::is_default_constructible_v<E>,
                   "blackmamba: associative_scan: the element type has no default constructor; add one");
-    static_assert(scan_convertible<std::remove_const_t<X>, E>,
-                  "blackmamba: associative_scan: x does not convert to the operator's element type; add a conversion or "
-                  "let identity() return the type that x holds");
-    static_assert(scan_convertible<E, Y>,
-                  "blackmamba: associative_scan: the operator's element type does not convert to the type that y holds; "
-                  "add a conversion");
+    static_assert(
+        scan_convertible<std::remove_const_t<X>, E>,
+        "blackmamba: associative_scan: x does not convert to the operator's element type; add a conversion or "
+        "let identity() return the type that x holds");
+    static_assert(
+        scan_convertible<E, Y>,
+        "blackmamba: associative_scan: the operator's element type does not convert to the type that y holds; "
+        "add a conversion");
     scan_shape const shape("associative_scan", y, how.cu_seqlens);
     shape.check("x", x);
     shape.check_state("initial", how.initial);
@@ -86,7 +91,8 @@ struct associative_scan {
   }
   /// The same for y (B, L, D).
   template <class E>
-  static std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels, std::int64_t packed) {
+  static std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,
+                                   std::int64_t packed) {
     return scan_shape(3, batch, length, channels, packed).template scratch_bytes<E>();
   }
 };

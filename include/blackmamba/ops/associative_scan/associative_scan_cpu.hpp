@@ -17,7 +17,9 @@ struct backend<associative_scan, device::cpu> {
                       host_view<Y, dyn, dyn> y, associative_scan::options<device::cpu, E, 2> const& how,
                       host_view<E, dyn, dyn> carries, flags ready) {
     cpu::sequences const list("associative_scan", y.extent(0), y.extent(1), how.cu_seqlens, scan_blocks::of_rows<E>());
-    auto const scan = [&]<class Kernel>(Kernel const& kernel) { cpu::scan::run(policy.threads, list, 1, ready, kernel); };
+    auto const scan = [&]<class Kernel>(Kernel const& kernel) {
+      cpu::scan::run(policy.threads, list, 1, ready, kernel);
+    };
     if constexpr (vectorised<Operator, E, X, Y>) {
       auto const scan_packs = [&]<bool Reverse>(std::bool_constant<Reverse>) {
         using rule_type = pack_rows<Operator, E, X, Y, Reverse>;
@@ -182,8 +184,8 @@ struct backend<associative_scan, device::cpu> {
     static constexpr std::int64_t shortest = 16 * static_cast<std::int64_t>(streams);
 
     /// body(j, value of its stream) for each element j of the block; within a stream in order. Streams are as long, but
-    /// for the last; long ones an odd number of lines, or else they would meet in the same places of the cache. fetch(j) runs ahead, once in a
-    /// few elements, for no hardware follows so many short streams.
+    /// for the last; long ones an odd number of lines, or else they would meet in the same places of the cache.
+    /// fetch(j) runs ahead, once in a few elements, for no hardware follows so many short streams.
     template <class Fetch, class Body>
     static BLACKMAMBA_INLINE void over_streams(std::int64_t length, std::array<E, streams>& value, Fetch&& fetch,
                                                Body&& body) {

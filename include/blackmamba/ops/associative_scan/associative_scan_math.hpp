@@ -72,7 +72,8 @@ struct composition {
   BLACKMAMBA_HD static affine<T> identity() { return {T(1), T(0)}; }
 };
 
-/// The same operator with its arguments exchanged: in a scan in reverse, what lies earlier in the row stays on the left.
+/// The same operator with its arguments exchanged: in a scan in reverse, what lies earlier in the row stays on the
+/// left.
 template <class Operator>
 struct exchanged {
   Operator op;

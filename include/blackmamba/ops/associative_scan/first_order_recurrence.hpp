@@ -29,11 +29,11 @@ struct first_order_recurrence {
     scan_view<P, T const, Rank> a;                           // (R, L) or (B, L, D)
     scan_view<P, T const, Rank> b;                           // (R, L) or (B, L, D)
     scan_state<P, accum_t<T> const, Rank> initial_state = {};  // (R|S) or (B|S, D)  optional: zeros
-    in<P, std::int64_t, dyn> cu_seqlens = {};                // (S+1)  optional; R or B is 1; from 0 to L, non-decreasing
+    in<P, std::int64_t, dyn> cu_seqlens = {};  // (S+1)  optional; R or B is 1; from 0 to L, non-decreasing
     bool reverse = false;
   };
-  /// h may be a or b. final_state, where wanted: h after the last step (before rounding to T); of an empty sequence, its
-  /// initial state; must not alias initial_state. scratch_bytes<T>(extents of h, S) of scratch.
+  /// h may be a or b. final_state, where wanted: h after the last step (before rounding to T); of an empty sequence,
+  /// its initial state; must not alias initial_state. scratch_bytes<T>(extents of h, S) of scratch.
   template <device_policy P, storage T, int... N>
     requires(sizeof...(N) == 2 || sizeof...(N) == 3)
   static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T, sizeof...(N)>> const& in,
@@ -81,8 +81,8 @@ struct first_order_recurrence {
     shape.check_state("d_initial_state", d_initial_state);
     if (shape.states() == 0) return;
     scan_scratch<P, accum_t<T>> memory(policy, shape);
-    backend_of<first_order_recurrence, P>::backward(policy, in, scan_view<P, T, sizeof...(N)>(d_a), d_b, d_initial_state,
-                                                    memory.carries, memory.flags);
+    backend_of<first_order_recurrence, P>::backward(policy, in, scan_view<P, T, sizeof...(N)>(d_a), d_b,
+                                                    d_initial_state, memory.carries, memory.flags);
   }
 
   template <device_policy P, storage T>
@@ -108,7 +108,8 @@ struct first_order_recurrence {
   }
   /// The same for (B, L, D).
   template <storage T>
-  static std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels, std::int64_t packed) {
+  static std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,
+                                   std::int64_t packed) {
     return scan_shape(3, batch, length, channels, packed).template scratch_bytes<accum_t<T>>();
   }
 };

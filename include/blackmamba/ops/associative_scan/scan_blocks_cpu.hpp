@@ -12,14 +12,16 @@
 
 /// The engine of this folder's CPU backends: scans of sequences in blocks, on one thread or many, with the same bits.
 ///
-/// A block of a sequence is a value `total` (what its elements combine to) and a map from the `carry` that reaches it to
-/// its results. The carry of the next block is advance(carry, total), however the results were computed; so blocks can
-/// be given to any thread. A thread that finds its carry ready computes results and total in one pass. One that does not
-/// computes the total first, hands the next carry on as soon as its own arrives, and reads the block again, from cache.
+/// A block of a sequence is a value `total` (what its elements combine to) and a map from the `carry` that reaches it
+/// to its results. The carry of the next block is advance(carry, total), however the results were computed; so blocks
+/// can be given to any thread. A thread that finds its carry ready computes results and total in one pass. One that
+/// does not computes the total first, hands the next carry on as soon as its own arrives, and reads the block again,
+/// from cache.
 ///
 /// A Kernel has types carry and total and, for a block b of a sequence q and a channel tile:
 ///   begin(q, tile, carry&)                  carry = the sequence's initial value
-///   run<pass>(b, tile, carry&, total&)      total: computes total; apply: writes results and moves carry to the block's
+///   run<pass>(b, tile, carry&, total&)      total: computes total; apply: writes results and moves carry to the
+///     block's
 ///                                           last element; both
 ///   advance(tile, carry&, total const&)
 ///   end(q, tile, carry const&)              the sequence's last value
@@ -120,8 +122,8 @@ BLACKMAMBA_INLINE affine<simd::pack<T, N>> in_upper_halves(affine<simd::pack<T, 
   return {in_upper_halves<Distance>(there.a, elsewhere.a), in_upper_halves<Distance>(there.b, elsewhere.b)};
 }
 
-/// Lane i = x[0] . … . x[i] in log2(Lanes) steps (Sklansky, 1960): in each, what the lower half of a group came to goes to
-/// every lane of the upper half. Of the networks of that depth it needs the shuffles that processors do fastest.
+/// Lane i = x[0] . … . x[i] in log2(Lanes) steps (Sklansky, 1960): in each, what the lower half of a group came to goes
+/// to every lane of the upper half. Of the networks of that depth it needs the shuffles that processors do fastest.
 template <int Lanes, int Distance = 1, class Operator, class Wide>
 BLACKMAMBA_INLINE Wide scan_lanes(Operator const& op, Wide x) {
   if constexpr (Distance >= Lanes)
@@ -180,7 +182,8 @@ struct line {
 ///   at(q) -> lines                          where a sequence stands: lines has
 ///     load<Edge>(j)                           elements j, j + 1, …; the identity past the end
 ///     emit<Edge>(j, inclusive, before)        their results, and the carry that reached them
-///   margin                                  how far beyond its elements load or emit looks; what reaches over an end of
+///   margin                                  how far beyond its elements load or emit looks; what reaches over an end
+///     of
 ///                                           the sequence is an edge
 ///   carried(Wide) -> Wide                   what of a result is carried on
 ///   initial(q) -> Wide, in every lane; final(q, Wide); advance(carry, total); give(number, Wide), take(number) -> Wide
@@ -205,7 +208,8 @@ struct row_kernel {
   [[gnu::noinline]] void run(sequences::block const& b, std::int64_t, carry& c, total& t) const {
     auto const lines = rule.at(b.of);
     if constexpr (Pass != pass::apply) t.x = rule.identity();
-    std::int64_t const inner_begin = std::max<std::int64_t>(b.begin, Rule::margin > 0 && b.begin == 0 ? Rule::lanes : 0);
+    std::int64_t const inner_begin =
+        std::max<std::int64_t>(b.begin, Rule::margin > 0 && b.begin == 0 ? Rule::lanes : 0);
     std::int64_t const inner_end =
         inner_begin + std::max<std::int64_t>(0, std::min(b.end, b.of.length - Rule::margin) - inner_begin) /
                           Rule::lanes * Rule::lanes;

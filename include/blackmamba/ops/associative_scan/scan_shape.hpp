@@ -62,7 +62,8 @@ class scan_shape {
       : op_(op), rank_(View::rank), batch_(result.extent(0)), length_(result.extent(1)) {
     if constexpr (View::rank == 3) channels_ = result.extent(2);
     if (!cu_seqlens.present()) return;
-    check_that(batch_ == 1, op, "cu_seqlens", "with " + std::to_string(batch_) + " rows", "one row of packed sequences");
+    check_that(batch_ == 1, op, "cu_seqlens", "with " + std::to_string(batch_) + " rows",
+               "one row of packed sequences");
     check_that(cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
     packed_ = cu_seqlens.extent(0) - 1;
     is_packed_ = true;
