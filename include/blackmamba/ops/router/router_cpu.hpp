@@ -5,6 +5,7 @@
 #include <blackmamba/ops/router/router.hpp>
 #include <blackmamba/ops/router/router_math.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 namespace blackmamba {
@@ -45,6 +46,7 @@ struct backend<router, device::cpu> {
   template <class A>
   static void backward(device::cpu const& policy, router::gradient_inputs<device::cpu, A> const& in,
                        host_view<A, dyn, dyn> d_logits, gate_function gate) {
+    using V = simd::pack<A, std::min(8, simd::width<A>)>;  // 8 experts are the usual number
     std::int64_t const rows = d_logits.extent(0), experts = d_logits.extent(1), k = in.expert.extent(1);
     cpu::parallel_for(policy.threads, rows, 256, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
@@ -60,16 +62,27 @@ struct backend<router, device::cpu> {
             A const s = math::sigmoid(selected(a));
             d[expert[a]] = d_gate[a] * s * (1 - s);
           }
-        } else {
-          bool const all = gate == gate_function::softmax;
-          auto const over = all ? math::softmax_over<A>(experts, [&](std::int64_t j) { return logits[j]; })
-                                : math::softmax_over<A>(k, selected);
-          auto const p = [&](A logit) { return math::exp(logit - over.largest) / over.sum; };
+        } else if (gate == gate_function::softmax) {
+          A const largest = *std::max_element(logits, logits + experts);
+          V sums = 0;
+          simd::for_packs<V::lanes>(experts, [&](std::int64_t j, auto lanes) {
+            V const e = exp(simd::load<V>(logits + j, lanes) - V(largest));
+            simd::store(e, d + j, lanes);
+            sums += simd::first(e, lanes);
+          });
+          A const scale = 1 / simd::sum(sums);
           A mean = 0;
-          for (std::int64_t a = 0; a < k; ++a) mean += d_gate[a] * p(selected(a));
-          if (all)
-            for (std::int64_t j = 0; j < experts; ++j) d[j] = -p(logits[j]) * mean;
-          for (std::int64_t a = 0; a < k; ++a) d[expert[a]] = p(selected(a)) * (d_gate[a] - mean);
+          for (std::int64_t a = 0; a < k; ++a) mean += d_gate[a] * d[expert[a]] * scale;
+          simd::for_packs<V::lanes>(experts, [&](std::int64_t j, auto lanes) {
+            simd::store(simd::load<V>(d + j, lanes) * V(-mean * scale), d + j, lanes);
+          });
+          for (std::int64_t a = 0; a < k; ++a) d[expert[a]] += d_gate[a] * math::exp(selected(a) - largest) * scale;
+        } else {
+          auto const over = math::softmax_over<A>(k, selected);
+          auto const p = [&](std::int64_t a) { return math::exp(selected(a) - over.largest) / over.sum; };
+          A mean = 0;
+          for (std::int64_t a = 0; a < k; ++a) mean += d_gate[a] * p(a);
+          for (std::int64_t a = 0; a < k; ++a) d[expert[a]] = p(a) * (d_gate[a] - mean);
         }
       }
     });
