@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the golden files of the operators, *.txt beside this script: what tests/ops/golden_test.hpp compares with.
+"""Writes the golden files of the operators, *.txt beside this script: what tests/ops/golden*_test.hpp compare with.
 
 An implementation of each operator's published definition in float64 that shares no code with the library: plain loops
 over time, full attention matrices, experts one by one; gradients by automatic differentiation. Inputs are not stored:
@@ -150,6 +150,33 @@ def selective_scan():
     g.put("packed.y", y)
     g.put("packed.final_state", torch.stack([r[1] for r in rows]))
     g.put_gradients("packed", (y * d_y).sum(), {"u": u, "delta": delta, "A": A, "B": B, "C": C})
+    g.write()
+
+
+# ---- recurrence and embedding ------------------------------------------------------------------------------------
+
+def first_order_recurrence():
+    g = Golden("first_order_recurrence")
+    a, b, h0 = values(1, (2, 5, 2), 2), values(2, (2, 5, 2), 2), values(3, (2, 2), 2)
+    d_h, d_last = values(4, (2, 5, 2)), values(5, (2, 2))
+    for name, times in ("forward", range(5)), ("reverse", range(4, -1, -1)):
+        state, rows = h0, [None] * 5
+        for t in times:
+            state = a[:, t] * state + b[:, t]
+            rows[t] = state
+        h = torch.stack(rows, 1)
+        g.put(f"{name}.h", h)
+        g.put(f"{name}.final_state", state)
+        g.put_gradients(name, (h * d_h).sum() + (state * d_last).sum(), {"a": a, "b": b, "initial_state": h0})
+    g.write()
+
+
+def embedding():
+    g = Golden("embedding")
+    table, d_y = values(1, (6, 3), 2), values(2, (5, 3))
+    y = table[torch.tensor([4, 0, 4, 5, 4])]
+    g.put("table.y", y)
+    g.put_gradients("table", (y * d_y).sum(), {"table": table})
     g.write()
 
 
@@ -357,5 +384,6 @@ def sinkhorn():
     g.write()
 
 
-for make in (causal_conv1d, selective_scan, norms, gated_activation, router, attention, cross_entropy, adamw, sinkhorn):
+for make in (causal_conv1d, selective_scan, first_order_recurrence, embedding, norms, gated_activation, router, attention,
+             cross_entropy, adamw, sinkhorn):
     make()

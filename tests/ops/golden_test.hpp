@@ -1,9 +1,8 @@
-#include "support/support.hpp"
+#include "support/golden_files.hpp"
 
 #include <blackmamba/ops/adamw/adamw.hpp>
-#include <blackmamba/ops/attention/attention.hpp>
-#include <blackmamba/ops/causal_conv1d/causal_conv1d.hpp>
 #include <blackmamba/ops/cross_entropy/cross_entropy.hpp>
+#include <blackmamba/ops/embedding/embedding.hpp>
 #include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
 #include <blackmamba/ops/gated_activation/gated_activation.hpp>
 #include <blackmamba/ops/grouped_linear/grouped_linear.hpp>
@@ -11,232 +10,23 @@
 #include <blackmamba/ops/linear/linear.hpp>
 #include <blackmamba/ops/rms_norm/rms_norm.hpp>
 #include <blackmamba/ops/router/router.hpp>
-#include <blackmamba/ops/selective_scan/selective_scan.hpp>
 #include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
 
 #include <array>
-#include <fstream>
-#include <map>
-#include <set>
-#include <sstream>
-
-/// The operators against an independent implementation in PyTorch (golden/make_golden.py), in double to 1e-10 and in
-/// float to 1e-5, relative to the largest value of each result.
 
 using namespace blackmamba;
+using namespace test::golden_files;
 
-namespace {
-
-/// The results in one file. All of them have to be asked for: a case that the test forgets is an error.
-class golden {
- public:
-  explicit golden(std::string const& name) : path_(folder() + "/golden/" + name + ".txt") {
-    std::ifstream file(path_);
-    REQUIRE_MESSAGE(file.good(), path_);
-    for (std::string line; std::getline(file, line);) {
-      std::istringstream words(line);
-      std::string key;
-      words >> key;
-      auto& numbers = results_[key];
-      for (double x; words >> x;) numbers.push_back(x);
-    }
-  }
-  ~golden() {
-    for (auto const& result : results_)
-      CHECK_MESSAGE(checked_.count(result.first) == 1, path_ << ": " << result.first << " was compared with nothing");
-  }
-
-  test::values const& operator[](std::string const& name) {
-    checked_.insert(name);
-    auto const found = results_.find(name);
-    REQUIRE_MESSAGE(found != results_.end(), path_ << ": no " << name);
-    return found->second;
-  }
-  /// Compares a result that was computed in A.
-  template <class A>
-  void check(std::string const& name, test::values const& actual) {
-    test::check_close(actual, (*this)[name], std::is_same_v<A, double> ? 1e-10 : 1e-5, path_ + ": " + name);
-  }
-  template <class View>
-  void check(std::string const& name, View const& view) {
-    check<accum_t<typename View::value_type>>(name, test::download(view));
-  }
-
- private:
-  static std::string folder() {
-#if defined(BLACKMAMBA_TEST_DATA)
-    return BLACKMAMBA_TEST_DATA;
-#else
-    std::string const here = __FILE__;
-    return here.substr(0, here.rfind("ops/golden_test.hpp"));
-#endif
-  }
-  std::string path_;
-  std::map<std::string, test::values> results_;
-  std::set<std::string> checked_;
-};
-
-/// The script's inputs: its hash, and offset + scale (u - 1/2) as T in the policy's memory.
-std::uint32_t mixed(std::uint32_t i, std::uint32_t seed) {
-  std::uint32_t x = i + 2654435769u * seed;
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-struct range {
-  double scale = 1, offset = 0;
-};
-test::values input_values(std::uint32_t seed, std::int64_t n, range r = {}) {
-  test::values v;
-  for (std::int64_t i = 0; i < n; ++i)
-    v.push_back(r.offset + r.scale * ((mixed(static_cast<std::uint32_t>(i), seed) >> 12) * 0x1p-20 - 0.5));
-  return v;
-}
-template <class T, class... Ints>
-auto input(std::uint32_t seed, range r, Ints... extents) {
-  return test::upload<T>(input_values(seed, (std::int64_t{1} * ... * extents), r), extents...);
-}
-template <class T, class... Ints>
-auto result(Ints... extents) {
-  return test::poisoned<T>(extents...);
-}
-/// What parameters' gradients are added to.
-template <class T, class... Ints>
-auto sums(Ints... extents) {
-  return zeros<T>(make_policy(), extents...);
-}
-template <class T>
-auto offsets(std::initializer_list<T> v) {
-  return test::upload<std::int64_t>(test::values(v.begin(), v.end()), static_cast<std::int64_t>(v.size()));
-}
-
-test_policy const policy = make_policy();
-
-}  // namespace
-
-TEST_CASE_TEMPLATE("golden: causal_conv1d", T, double, float) {
-  golden g("causal_conv1d");
-  {
-    auto const x = input<T>(1, {2}, 2, 5, 3), s = input<T>(4, {2}, 2, 3, 3), d_y = input<T>(5, {}, 2, 5, 3);
-    auto const w = input<T>(2, {2}, 3, 4);
-    auto const b = input<T>(3, {}, 3);
-    auto const d_final = input<T>(6, {}, 2, 3, 3);
-    auto y = result<T>(2, 5, 3), last = result<T>(2, 3, 3), d_x = result<T>(2, 5, 3), d_s = result<T>(2, 3, 3);
-    auto d_w = sums<T>(3, 4);
-    auto d_b = sums<T>(3);
-    causal_conv1d::forward(policy, {.x = x, .weight = w, .bias = b, .initial_state = s, .silu = true}, y, last);
-    causal_conv1d::backward<test_policy, T>(
-        policy,
-        {.x = x, .weight = w, .bias = b, .initial_state = s, .silu = true, .d_y = d_y, .d_final_state = d_final},
-        {.d_x = d_x, .d_weight = d_w, .d_bias = d_b, .d_initial_state = d_s});
-    g.check("silu.y", y);
-    g.check("silu.final_state", last);
-    g.check("silu.d_x", d_x);
-    g.check("silu.d_weight", d_w);
-    g.check("silu.d_bias", d_b);
-    g.check("silu.d_initial_state", d_s);
-  }
-  auto const x = input<T>(7, {2}, 1, 6, 2), d_y = input<T>(9, {}, 1, 6, 2);
-  auto const w = input<T>(8, {2}, 2, 3);
-  auto const packed = offsets({0, 1, 1, 6});
-  auto y = result<T>(1, 6, 2), last = result<T>(3, 2, 2), d_x = result<T>(1, 6, 2);
-  auto d_w = sums<T>(2, 3);
-  causal_conv1d::forward(policy, {.x = x, .weight = w, .cu_seqlens = packed}, y, last);
-  causal_conv1d::backward<test_policy, T>(policy, {.x = x, .weight = w, .cu_seqlens = packed, .d_y = d_y},
-                                          {.d_x = d_x, .d_weight = d_w});
-  g.check("packed.y", y);
-  g.check("packed.final_state", last);
-  g.check("packed.d_x", d_x);
-  g.check("packed.d_weight", d_w);
-}
-
-TEST_CASE_TEMPLATE("golden: selective_scan", T, double, float) {
-  golden g("selective_scan");
-  constexpr int N = 4;
-  {
-    auto const u = input<T>(1, {2}, 2, 4, 2), delta = input<T>(2, {4}, 2, 4, 2), z = input<T>(7, {4}, 2, 4, 2);
-    auto const B = input<T>(4, {2}, 2, 4, N), C = input<T>(5, {2}, 2, 4, N), d_y = input<T>(10, {}, 2, 4, 2);
-    auto const A = input<T>(3, {2}, 2, N);
-    auto const D = input<T>(6, {2, 1}, 2), bias = input<T>(8, {2, -1}, 2);
-    auto const h = input<T>(9, {2}, 2, 2, N), d_final = input<T>(11, {}, 2, 2, N);
-    auto y = result<T>(2, 4, 2), last = result<T>(2, 2, N);
-    auto checkpoints = result<T>(selective_scan::checkpoint_size<N>(2, 4, 2, 2));
-    auto d_u = result<T>(2, 4, 2), d_delta = result<T>(2, 4, 2), d_z = result<T>(2, 4, 2), d_h = result<T>(2, 2, N);
-    auto d_B = result<T>(2, 4, N), d_C = result<T>(2, 4, N);
-    auto d_A = sums<T>(2, N);
-    auto d_D = sums<T>(2), d_bias = sums<T>(2);
-    selective_scan::forward<N>(policy,
-                               {.u = u,
-                                .delta = delta,
-                                .A = A,
-                                .B = B,
-                                .C = C,
-                                .D = D,
-                                .z = z,
-                                .delta_bias = bias,
-                                .initial_state = h,
-                                .delta_softplus = true,
-                                .A_is_log = true},
-                               y, {.final_state = last, .checkpoints = checkpoints});
-    selective_scan::backward<N, test_policy, T>(policy,
-                                                {.u = u,
-                                                 .delta = delta,
-                                                 .A = A,
-                                                 .B = B,
-                                                 .C = C,
-                                                 .D = D,
-                                                 .z = z,
-                                                 .delta_bias = bias,
-                                                 .initial_state = h,
-                                                 .delta_softplus = true,
-                                                 .A_is_log = true,
-                                                 .checkpoints = checkpoints,
-                                                 .d_y = d_y,
-                                                 .d_final_state = d_final},
-                                                {.d_u = d_u,
-                                                 .d_delta = d_delta,
-                                                 .d_A = d_A,
-                                                 .d_B = d_B,
-                                                 .d_C = d_C,
-                                                 .d_D = d_D,
-                                                 .d_z = d_z,
-                                                 .d_delta_bias = d_bias,
-                                                 .d_initial_state = d_h});
-    g.check("mamba.y", y);
-    g.check("mamba.final_state", last);
-    g.check("mamba.d_u", d_u);
-    g.check("mamba.d_delta", d_delta);
-    g.check("mamba.d_A", d_A);
-    g.check("mamba.d_B", d_B);
-    g.check("mamba.d_C", d_C);
-    g.check("mamba.d_D", d_D);
-    g.check("mamba.d_z", d_z);
-    g.check("mamba.d_delta_bias", d_bias);
-    g.check("mamba.d_initial_state", d_h);
-  }
-  auto const u = input<T>(12, {2}, 1, 6, 3), delta = input<T>(13, {0.5, 0.5}, 1, 6, 3), d_y = input<T>(17, {}, 1, 6, 3);
-  auto const B = input<T>(15, {2}, 1, 6, N), C = input<T>(16, {2}, 1, 6, N);
-  auto const A = input<T>(14, {1, -1}, 3, N);
-  auto const packed = offsets({0, 2, 2, 6});
-  auto y = result<T>(1, 6, 3), last = result<T>(3, 3, N), d_u = result<T>(1, 6, 3), d_delta = result<T>(1, 6, 3);
-  auto checkpoints = result<T>(selective_scan::checkpoint_size<N>(1, 6, 3, 3));
-  auto d_B = result<T>(1, 6, N), d_C = result<T>(1, 6, N);
-  auto d_A = sums<T>(3, N);
-  selective_scan::forward<N>(policy, {.u = u, .delta = delta, .A = A, .B = B, .C = C, .cu_seqlens = packed}, y,
-                             {.final_state = last, .checkpoints = checkpoints});
-  selective_scan::backward<N, test_policy, T>(
-      policy,
-      {.u = u, .delta = delta, .A = A, .B = B, .C = C, .cu_seqlens = packed, .checkpoints = checkpoints, .d_y = d_y},
-      {.d_u = d_u, .d_delta = d_delta, .d_A = d_A, .d_B = d_B, .d_C = d_C});
-  g.check("packed.y", y);
-  g.check("packed.final_state", last);
-  g.check("packed.d_u", d_u);
-  g.check("packed.d_delta", d_delta);
-  g.check("packed.d_A", d_A);
-  g.check("packed.d_B", d_B);
-  g.check("packed.d_C", d_C);
+TEST_CASE_TEMPLATE("golden: embedding", T, double, float) {
+  golden g("embedding");
+  auto const table = input<T>(1, {2}, 6, 3), d_y = input<T>(2, {}, 5, 3);
+  auto const token = test::upload<std::int32_t>({4, 0, 4, 5, 4}, 5);
+  auto y = result<T>(5, 3);
+  auto d_table = sums<T>(6, 3);
+  embedding::forward(policy, token, table, y.as_view());
+  embedding::backward<test_policy, T>(policy, token, d_y, d_table);
+  g.check("table.y", y);
+  g.check("table.d_table", d_table);
 }
 
 TEST_CASE_TEMPLATE("golden: rms_norm and layer_norm", T, double, float) {
@@ -359,45 +149,6 @@ TEST_CASE_TEMPLATE("golden: router and experts", T, double, float) {
     g.check(name + ".gate", weight);
     g.check(name + ".d_logits", d_logits);
   }
-}
-
-TEST_CASE_TEMPLATE("golden: attention", T, double, float) {
-  golden g("attention");
-  for (auto const& [name, base] : {std::pair<std::string, float>{"packed", 10000}, {"packed_without_rotary", 0}}) {
-    auto const q = input<T>(1, {4}, 1, 6, 2, 4), d_y = input<T>(4, {}, 1, 6, 2, 4);
-    auto const k = input<T>(2, {4}, 1, 6, 1, 4), v = input<T>(3, {2}, 1, 6, 1, 4);
-    auto const packed = offsets({0, 2, 2, 6});
-    auto y = result<T>(1, 6, 2, 4), d_q = result<T>(1, 6, 2, 4);
-    auto d_k = result<T>(1, 6, 1, 4), d_v = result<T>(1, 6, 1, 4);
-    auto lse = result<T>(1, 2, 6);
-    attention::forward(policy, {.q = q, .k = k, .v = v, .cu_seqlens = packed, .rotary_base = base}, y, {.lse = lse});
-    attention::backward<test_policy, T>(
-        policy, {.q = q, .k = k, .v = v, .y = y, .lse = lse, .d_y = d_y, .cu_seqlens = packed, .rotary_base = base},
-        {.d_q = d_q, .d_k = d_k, .d_v = d_v});
-    g.check(name + ".y", y);
-    g.check(name + ".lse", lse);
-    g.check(name + ".d_q", d_q);
-    g.check(name + ".d_k", d_k);
-    g.check(name + ".d_v", d_v);
-  }
-  auto const q = input<T>(5, {4}, 1, 150, 4, 8), d_y = input<T>(8, {}, 1, 150, 4, 8);
-  auto const k = input<T>(6, {4}, 1, 150, 2, 8), v = input<T>(7, {2}, 1, 150, 2, 8);
-  auto y = result<T>(1, 150, 4, 8), d_q = result<T>(1, 150, 4, 8);
-  auto d_k = result<T>(1, 150, 2, 8), d_v = result<T>(1, 150, 2, 8);
-  auto lse = result<T>(1, 4, 150);
-  attention::forward(policy, {.q = q, .k = k, .v = v}, y, {.lse = lse});
-  attention::backward<test_policy, T>(policy, {.q = q, .k = k, .v = v, .y = y, .lse = lse, .d_y = d_y},
-                                      {.d_q = d_q, .d_k = d_k, .d_v = d_v});
-  auto const all_y = test::download(y), all_lse = test::download(lse);
-  g.check<T>("long.last_y", test::values(all_y.end() - 32, all_y.end()));
-  g.check<T>("long.last_lse", test::values{all_lse[149], all_lse[299], all_lse[449], all_lse[599]});
-  auto const summary = [](test::values const& gradient, std::uint32_t probe) {
-    return test::values{test::weighted_sum(gradient, input_values(probe, static_cast<std::int64_t>(gradient.size()))),
-                        std::sqrt(test::weighted_sum(gradient, gradient))};
-  };
-  g.check<T>("long.d_q", summary(test::download(d_q), 9));
-  g.check<T>("long.d_k", summary(test::download(d_k), 10));
-  g.check<T>("long.d_v", summary(test::download(d_v), 11));
 }
 
 TEST_CASE_TEMPLATE("golden: cross_entropy", T, double, float) {
