@@ -4,6 +4,8 @@
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -131,6 +133,8 @@ struct causal_conv1d {
       check_that(batch == 1, op, "x", std::to_string(batch) + " rows", "one row of packed sequences");
       check_that(in.cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "no offsets", "at least one");
       states = in.cu_seqlens.extent(0) - 1;
+      check_that(states > 0 || length == 0, op, "cu_seqlens", "no sequences",
+                 "some for " + std::to_string(length) + " steps");
     }
     check_optional_shape(op, "initial_state", in.initial_state, {states, in.weight.extent(1) - 1, channels});
     return states;
