@@ -16,23 +16,6 @@ namespace blackmamba::selective_scan_math {
 inline constexpr double log2_e = 1.44269504088896340736;
 inline constexpr double ln_2 = 0.69314718055994530942;
 
-/// A itself: as given, or -e^a where its logarithm is.
-template <class V>
-BLACKMAMBA_HD BLACKMAMBA_INLINE V natural_rate(V a, bool is_log) {
-  using math::exp;
-  return is_log ? -exp(a) : a;
-}
-/// dA / da, given A.
-template <class V>
-BLACKMAMBA_HD BLACKMAMBA_INLINE V natural_rate_derivative(V A, bool is_log) {
-  return is_log ? A : V(1);
-}
-/// A log2(e).
-template <class V>
-BLACKMAMBA_HD BLACKMAMBA_INLINE V rate(V a, bool is_log) {
-  return natural_rate(a, is_log) * V(log2_e);
-}
-
 /// The exponents that powers of two are taken of: beyond, they are 2^-126 or 2^127.9.
 inline constexpr double least_exponent = -126, largest_exponent = 127.9;
 template <class V>
@@ -41,9 +24,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE V clamp_exponent(V x) {
   return min(V(largest_exponent), max(V(least_exponent), x));  // in this order NaN stays NaN
 }
 
-/// The functions of one activation, given `power`, which is 2^x for exponents in range.
-///
-/// softplus(x) = log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)
+/// With `power`, 2^x for exponents in range: softplus(x) = log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)
 template <class V, class Power>
 BLACKMAMBA_HD BLACKMAMBA_INLINE V softplus(V x, Power const& power) {
   using math::abs, math::log1p_unit, math::max;
@@ -59,6 +40,22 @@ template <class V>
 BLACKMAMBA_HD BLACKMAMBA_INLINE V silu_derivative(V x, V s) {
   using math::fma;
   return fma(x * s, V(1) - s, s);
+}
+
+/// A itself: as given, or -e^a where its logarithm is.
+template <class V, class Power>
+BLACKMAMBA_HD BLACKMAMBA_INLINE V natural_rate(V a, bool is_log, Power const& power) {
+  return is_log ? -power(clamp_exponent(a * V(log2_e))) : a;
+}
+/// dA / da, given A.
+template <class V>
+BLACKMAMBA_HD BLACKMAMBA_INLINE V natural_rate_derivative(V A, bool is_log) {
+  return is_log ? A : V(1);
+}
+/// A log2(e).
+template <class V, class Power>
+BLACKMAMBA_HD BLACKMAMBA_INLINE V rate(V a, bool is_log, Power const& power) {
+  return natural_rate(a, is_log, power) * V(log2_e);
 }
 
 /// h_t = exp(dt A) h_{t-1} + dt u B

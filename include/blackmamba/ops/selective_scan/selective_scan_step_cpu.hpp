@@ -3,68 +3,111 @@
 #include <blackmamba/ops/selective_scan/selective_scan_cpu.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_tiles_cpu.hpp>
 
+namespace blackmamba::selective_scan_tiles {
+
+/// Moves sequences by one token, for a few hundred channels at a time: a pack holds states of one channel, which lie side
+/// by side in memory. What a step costs is to read and write the state once.
+template <class T, int N>
+class step_worker {
+ public:
+  using A = accum_t<T>;
+  using V = simd::pack<A>;
+  /// States in a pack: a whole register where there are so many, else a power of two.
+  static constexpr int width = N >= V::lanes ? V::lanes : std::min(V::lanes, N >= 8 ? 8 : N >= 4 ? 4 : 2);
+  static constexpr int padded = (N + width - 1) / width * width;
+  using S = simd::pack<A, width>;
+  /// Channels whose rates are kept for all sequences: 16 KiB of them.
+  static constexpr int most_channels =
+      std::max(V::lanes, 16384 / (padded * static_cast<int>(sizeof(A))) / V::lanes * V::lanes);
+
+  explicit step_worker(selective_scan::step_inputs<device::cpu, T, N> const& in) : in_(in) {}
+
+  void take_channels(std::int64_t first, int count) {
+    power_of_two<S> const power;
+    first_ = first;
+    count_ = count;
+    for (int c = 0; c < count; ++c)
+      simd::for_packs<width>(N, [&](std::int64_t n, auto states) {
+        S const a = simd::load<S>(in_.A.row(first + c) + n, states);
+        selective_scan_math::rate(a, in_.A_is_log, power).store(rate_ + c * padded + n);
+      });
+  }
+  void run(std::int64_t b, host_view<A, dyn, dyn, dyn> state, T* y) {
+    for (int n = 0; n < N; ++n) B_[n] = widen(in_.B(b, n));
+    for (int n = 0; n < N; ++n) C_[n] = widen(in_.C(b, n));
+    for (int c = 0; c < count_; c += V::lanes)
+      with_lanes<A>(count_ - c, [&](auto count) { run_pack(b, c, state, y, count); });
+  }
+
+ private:
+  template <class Count>
+  void run_pack(std::int64_t b, int c, host_view<A, dyn, dyn, dyn> state, T* y, Count count) {
+    power_of_two<V> const power;
+    decay<S, false> const decay_of;
+    std::int64_t const channel = first_ + c;
+    auto const at = [&](auto const& x) { return x.present() ? simd::load<V>(x.data() + channel, count) : V(0); };
+    V const u = simd::load<V>(in_.u.row(b) + channel, count);
+    V dt = simd::load<V>(in_.delta.row(b) + channel, count) + at(in_.delta_bias);
+    if (in_.delta_softplus) dt = selective_scan_math::softplus(dt, power);
+    V const dt_u = dt * u;
+    for (int lane = 0; lane < count; ++lane) {
+      A* const h = state.row(b, channel + lane);
+      S products = 0;
+      simd::for_packs<width>(N, [&](std::int64_t n, auto states) {
+        S const a = decay_of(S(dt[lane]), S::load(rate_ + (c + lane) * padded + n));
+        S const drive = rounded(S(dt_u[lane]) * S::load(B_ + n));
+        S const next = selective_scan_math::advance(a, simd::load<S>(h + n, states), drive);
+        simd::store(next, h + n, states);
+        products = fma(next, S::load(C_ + n), products);
+      });
+      products.store(products_ + lane * width);
+    }
+    V sum;
+    if constexpr (width == V::lanes) {
+      sum = lane_sums<V::lanes>(products_);
+    } else {
+      for (int lane = 0; lane < V::lanes; ++lane) sum.v[lane] = simd::sum(S::load(products_ + lane * width));
+    }
+    sum = fma(at(in_.D), u, sum);
+    if (in_.z.present()) {
+      V const z = simd::load<V>(in_.z.row(b) + channel, count);
+      sum *= z * selective_scan_math::sigmoid(z, power);
+    }
+    simd::store(sum, y + channel, count);
+  }
+
+  selective_scan::step_inputs<device::cpu, T, N> const& in_;
+  std::int64_t first_ = 0;
+  int count_ = 0;
+  alignas(64) A rate_[std::size_t{most_channels * padded}];
+  alignas(64) A B_[std::size_t{padded}] = {};
+  alignas(64) A C_[std::size_t{padded}] = {};
+  alignas(64) A products_[std::size_t{V::lanes * width}] = {};
+};
+
+}  // namespace blackmamba::selective_scan_tiles
+
 namespace blackmamba {
 
-/// One token: a pack holds states of one channel, which lie side by side in memory. The state is read and written once;
-/// that is what a step costs.
 template <class T, int N>
 void backend<selective_scan, device::cpu>::step(device::cpu const& policy,
                                                 selective_scan::step_inputs<device::cpu, T, N> const& in,
                                                 host_view<accum_t<T>, dyn, dyn, dyn> state, host_view<T, dyn, dyn> y) {
-  namespace tiles = selective_scan_tiles;
-  using A = accum_t<T>;
-  using V = simd::pack<A>;
-  // States in a pack: a whole register where there are so many, else a power of two.
-  constexpr int width = N >= V::lanes ? V::lanes : N >= 8 ? 8 : N >= 4 ? 4 : 2;
-  using S = simd::pack<A, width>;
-  std::int64_t const channels = y.extent(1), packs = (channels + V::lanes - 1) / V::lanes;
-  cpu::parallel_for(policy.threads, y.extent(0) * packs, 4, [&](std::int64_t begin, std::int64_t end) {
-    tiles::decay<S, false> const decay_of;
-    tiles::power_of_two<V> const power;
-    constexpr std::size_t padded = (N + width - 1) / width * width;
-    alignas(64) A B[padded] = {}, C[padded] = {};
-    alignas(64) A dt[V::size], dt_u[V::size], sum[V::size * width] = {};
-    std::int64_t loaded = -1;
+  using worker = selective_scan_tiles::step_worker<T, N>;
+  std::int64_t const batch = y.extent(0), channels = y.extent(1);
+  std::int64_t width = worker::most_channels;
+  auto const groups = [&] { return (channels + width - 1) / width; };
+  while (width > worker::V::lanes && groups() * batch < 4 * cpu::thread_count(policy.threads))
+    width = (width / 2 + worker::V::lanes - 1) / worker::V::lanes * worker::V::lanes;
+  cpu::parallel_for(policy.threads, groups() * batch, 1, [&](std::int64_t begin, std::int64_t end) {
+    worker w(in);
+    std::int64_t group = -1;
     for (std::int64_t i = begin; i < end; ++i) {
-      std::int64_t const b = i / packs, channel = i % packs * V::lanes;
-      if (b != loaded) {
-        for (int n = 0; n < N; ++n) B[n] = widen(in.B(b, n));
-        for (int n = 0; n < N; ++n) C[n] = widen(in.C(b, n));
-        loaded = b;
+      if (i / batch != group) {
+        group = i / batch;
+        w.take_channels(group * width, static_cast<int>(std::min(width, channels - group * width)));
       }
-      tiles::with_lanes<A>(channels - channel, [&](auto count) {
-        auto const at = [&](auto const& x) { return x.present() ? simd::load<V>(x.data() + channel, count) : V(0); };
-        V const u = simd::load<V>(in.u.row(b) + channel, count);
-        V step = simd::load<V>(in.delta.row(b) + channel, count) + at(in.delta_bias);
-        if (in.delta_softplus) step = selective_scan_math::softplus(step, power);
-        step.store(dt);
-        (step * u).store(dt_u);
-        for (int lane = 0; lane < count; ++lane) {
-          A const* const rate = in.A.row(channel + lane);
-          A* const h = state.row(b, channel + lane);
-          S products = 0;
-          simd::for_packs<width>(N, [&](std::int64_t n, auto states) {
-            S const a = selective_scan_math::rate(simd::load<S>(rate + n, states), in.A_is_log);
-            S const drive = tiles::rounded(S(dt_u[lane]) * S::load(B + n));
-            S const next = selective_scan_math::advance(decay_of(S(dt[lane]), a), simd::load<S>(h + n, states), drive);
-            simd::store(next, h + n, states);
-            products = fma(next, S::load(C + n), products);
-          });
-          products.store(sum + lane * width);
-        }
-        V total;
-        if constexpr (width == V::lanes)
-          total = tiles::lane_sums<V::lanes>(sum);
-        else
-          for (int lane = 0; lane < V::lanes; ++lane)
-            total.v[lane] = lane < count ? simd::sum(S::load(sum + lane * width)) : A(0);
-        total = fma(at(in.D), u, total);
-        if (in.z.present()) {
-          V const z = simd::load<V>(in.z.row(b) + channel, count);
-          total *= z * selective_scan_math::sigmoid(z, power);
-        }
-        simd::store(total, y.row(b) + channel, count);
-      });
+      w.run(i % batch, state, y.row(i % batch));
     }
   });
 }

@@ -213,9 +213,10 @@ template <int N, class A>
 simd::pack<A> load_rates(host_view<A const, dyn, dyn> a, bool is_log, std::int64_t channel, int count, A* rate) {
   using V = simd::pack<A>;
   simd::rows_to_lanes<V>(a.row(channel), a.stride(0), count, N, A(0), rate);
+  power_of_two<V> const power;
   V largest = 0;
   for (int n = 0; n < N; ++n) {
-    V const r = selective_scan_math::rate(V::load(rate + n * V::lanes), is_log);
+    V const r = selective_scan_math::rate(V::load(rate + n * V::lanes), is_log, power);
     r.store(rate + n * V::lanes);
     largest = max(largest, abs(r));
   }
