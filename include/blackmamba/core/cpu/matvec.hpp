@@ -50,12 +50,12 @@ BLACKMAMBA_INLINE void lane_sums(simd::pack<A>* x, A* sums) {
 /// y (rows, outputs) = x (rows, depth) weight (outputs, depth)^T + bias (outputs): dot products along contiguous
 /// memory. There are at most Rows and Outputs of them; the last is read again in place of those that are missing.
 ///
-/// @tparam Ahead  prefetch the weights that the next block reads: rows are too short for the hardware to see far ahead
-///                where arithmetic fills the time
-template <int Rows, int Outputs, bool Ahead, class A, class T, class Y>
+/// @param ahead  prefetch what lies this many elements on, unless 0: rows are too short for the hardware to see far
+///               ahead where arithmetic fills the time
+template <int Rows, int Outputs, bool Prefetch, class A, class T, class Y>
 BLACKMAMBA_INLINE void dot_block(int rows, int outputs, std::int64_t depth, A const* x, std::int64_t x_stride,
-                                 T const* weight, std::int64_t weight_stride, Y* y, std::int64_t y_stride,
-                                 A const* bias) {
+                                 T const* weight, std::int64_t weight_stride, std::int64_t ahead, Y* y,
+                                 std::int64_t y_stride, A const* bias) {
   using V = simd::pack<A>;
   A const* row[std::size_t{Rows}];
   T const* column[std::size_t{Outputs}];
@@ -70,7 +70,7 @@ BLACKMAMBA_INLINE void dot_block(int rows, int outputs, std::int64_t depth, A co
     V w[std::size_t{Outputs}];
     unrolled<Outputs>([&](auto o) {
       w[o] = V::load(column[o] + p);
-      if constexpr (Ahead) __builtin_prefetch(column[o] + Outputs * weight_stride + p);
+      if constexpr (Prefetch) __builtin_prefetch(column[o] + ahead + p);
     });
     unrolled<Rows>([&](auto r) {
       V const v = V::load(row[r] + p);
@@ -102,20 +102,25 @@ void matvec(std::int64_t rows, std::int64_t outputs, std::int64_t depth, A const
     for (std::int64_t o = 0; o < outputs; o += size)
       run(static_cast<int>(std::min(size, outputs - o)), weight + o * weight_stride, y + o, bias ? bias + o : nullptr);
   };
+  auto const ahead = [&](std::int64_t outputs_of_block) {
+    std::int64_t const size = std::max<std::int64_t>(1, outputs_of_block * weight_stride);
+    return (8192 / static_cast<std::int64_t>(sizeof(T)) + size - 1) / size * size;
+  };
   if (rows == 1)
     blocks(block, [&](int some, T const* w, Y* to, A const* b) {
-      dot_block<1, block, narrow>(1, some, depth, x, x_stride, w, weight_stride, to, y_stride, b);
+      dot_block<1, block, narrow>(1, some, depth, x, x_stride, w, weight_stride, ahead(block), to, y_stride, b);
     });
   else if (rows == 2)
     blocks(block, [&](int some, T const* w, Y* to, A const* b) {
-      dot_block<2, block, true>(2, some, depth, x, x_stride, w, weight_stride, to, y_stride, b);
+      dot_block<2, block, true>(2, some, depth, x, x_stride, w, weight_stride, ahead(block), to, y_stride, b);
     });
   else
     blocks(block / 2, [&](int some, T const* w, Y* to, A const* b) {
       // The rows beyond four find the weights in the cache.
       for (std::int64_t r = 0; r < rows; r += 4)
         dot_block<4, block / 2, true>(static_cast<int>(std::min<std::int64_t>(4, rows - r)), some, depth,
-                                      x + r * x_stride, x_stride, w, weight_stride, to + r * y_stride, y_stride, b);
+                                      x + r * x_stride, x_stride, w, weight_stride, ahead(block / 2), to + r * y_stride,
+                                      y_stride, b);
     });
 }
 
