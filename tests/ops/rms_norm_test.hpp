@@ -64,8 +64,8 @@ gradients run_backward(test::values const& sum, test::values const& rstd, test::
   auto const dy = test::upload<T>(d_y, rows, width);
   auto d_s = test::upload<A>(d_residual, rows, width);
   auto d_weight = zeros<A>(policy, width);
-  rms_norm::backward<test_policy, T, A>(policy, {.sum = ds, .rstd = dr, .weight = dw, .d_y = dy, .d_residual = d_s}, d_s,
-                                        d_weight);
+  rms_norm::backward<test_policy, T, A>(policy, {.sum = ds, .rstd = dr, .weight = dw, .d_y = dy, .d_residual = d_s},
+                                        d_s, d_weight);
   return {test::download(d_s), test::download(d_weight)};
 }
 
@@ -130,7 +130,8 @@ TEST_CASE("rms_norm: takes strided rows and works in place") {
   auto const w = test::random_normal(width, 2);
   test::values half_of;
   for (std::int64_t i = 0; i < rows; ++i)
-    for (std::int64_t j = 0; j < width; ++j) half_of.push_back(both[static_cast<std::size_t>(i * 2 * width + width + j)]);
+    for (std::int64_t j = 0; j < width; ++j)
+      half_of.push_back(both[static_cast<std::size_t>(i * 2 * width + width + j)]);
   auto const wide = test::upload<float>(both, rows, 2 * width);
   auto const dw = test::upload<float>(w, width);
   rms_norm::forward(make_policy(), {.x = wide.columns(width, width), .weight = dw}, wide.columns(width, width));
@@ -138,7 +139,8 @@ TEST_CASE("rms_norm: takes strided rows and works in place") {
   auto const expected = run<float>(half_of, {}, w, rows, width).y;
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = 0; j < width; ++j) {
-      CHECK(after[static_cast<std::size_t>(i * 2 * width + width + j)] == expected[static_cast<std::size_t>(i * width + j)]);
+      CHECK(after[static_cast<std::size_t>(i * 2 * width + width + j)] ==
+            expected[static_cast<std::size_t>(i * width + j)]);
       CHECK(after[static_cast<std::size_t>(i * 2 * width + j)] ==
             static_cast<double>(static_cast<float>(both[static_cast<std::size_t>(i * 2 * width + j)])));
     }
