@@ -245,15 +245,19 @@ struct backend<causal_conv1d, device::cpu> {
     T* operator()(std::int64_t i, std::int64_t d) const { return start + (i * stride + d); }
   };
 
-  /// The K-1 inputs before step t, oldest first; null for zeros.
+  /// The K-1 inputs before step t, oldest first; null for zeros, as beyond the end, where backward has steps without an
+  /// input.
   template <int K, class T, class Inputs>
   static auto rows_before(Inputs const& in, block const& at, std::int64_t t, std::int64_t first) {
     std::array<T const*, std::size_t{K - 1}> row;
     for (int k = 0; k + 1 < K; ++k) {
       std::int64_t const s = t - (K - 1) + k;
-      row[static_cast<std::size_t>(k)] =
-          s >= 0 ? in.x.row(at.of.batch, at.of.first + s) + first
-                 : in.initial_state.present() ? in.initial_state.row(at.of.index, s + K - 1) + first : nullptr;
+      T const*& from = row[static_cast<std::size_t>(k)];
+      from = nullptr;
+      if (s >= 0 && s < at.of.length)
+        from = in.x.row(at.of.batch, at.of.first + s) + first;
+      else if (s < 0 && in.initial_state.present())
+        from = in.initial_state.row(at.of.index, s + K - 1) + first;
     }
     return row;
   }
