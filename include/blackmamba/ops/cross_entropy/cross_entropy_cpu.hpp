@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
+#include <blackmamba/core/cpu/simd_lanes.hpp>
 #include <blackmamba/ops/cross_entropy/cross_entropy.hpp>
 
 #include <algorithm>
@@ -25,9 +26,9 @@ struct backend<cross_entropy, device::cpu> {
         for (std::int64_t r = block * cross_entropy::rows_per_partial; r < last; ++r) {
           double lse = 0, loss = 0;
           if (in.target(r) >= 0) {
-            T const* const row = in.logits.row(r);
+            T const *row = in.logits.row(r), *next = in.logits.row(std::min(r + 1, rows - 1));
             A const largest = max_of(row, classes);
-            double const log_sum = std::log(sum_of_exponentials(row, classes, largest));
+            double const log_sum = std::log(sum_of_exponentials(row, next, classes, largest));
             lse = static_cast<double>(largest) + log_sum;
             // Not lse - logit: the difference of the two logits is exact where the sum of a large and a small is not.
             loss = (static_cast<double>(largest) - static_cast<double>(widen(row[in.target(r)]))) + log_sum;
@@ -82,14 +83,16 @@ struct backend<cross_entropy, device::cpu> {
     for (; i < n; ++i) m = std::max(m, widen(row[i]));
     return m;
   }
-  /// In accum_t<T> over blocks that are short enough for it, over blocks in double.
+  /// Sum of exp(logit - largest), in accum_t<T> over blocks that are short enough for it, over blocks in double. Here there
+  /// is time to fetch the next row, whose largest logit is looked for next.
   template <class T>
-  static double sum_of_exponentials(T const* row, std::int64_t n, accum_t<T> largest) {
+  static double sum_of_exponentials(T const* row, T const* next, std::int64_t n, accum_t<T> largest) {
     using V = simd::pack<accum_t<T>>;
     constexpr std::int64_t block = 64 * V::lanes;
     double total = 0;
     for (std::int64_t begin = 0; begin < n; begin += block) {
       total += static_cast<double>(simd::sum_packs<V>(std::min(block, n - begin), [&](std::int64_t i, auto lanes) {
+        simd::prefetch(next + begin + i);
         return exp(simd::load<V>(row + begin + i, lanes) - largest);
       }));
     }

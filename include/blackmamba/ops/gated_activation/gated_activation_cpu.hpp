@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
+#include <blackmamba/core/cpu/simd_lanes.hpp>
 #include <blackmamba/ops/gated_activation/gated_activation.hpp>
 
 #include <algorithm>
@@ -13,10 +14,17 @@ struct backend<gated_activation, device::cpu> {
   static void forward(device::cpu const& policy, std::type_identity<Activation>, host_view<T const, dyn, dyn> gate,
                       host_view<T const, dyn, dyn> up, host_view<T, dyn, dyn> y) {
     using V = simd::pack<accum_t<T>>;
-    for_elements<V>(policy, y.extent(0), y.extent(1), [&](std::int64_t r, std::int64_t i, auto lanes) {
-      V v = Activation::apply(simd::load<V>(gate.row(r) + i, lanes));
-      if (up.present()) v *= simd::load<V>(up.row(r) + i, lanes);
-      simd::store(v, y.row(r) + i, lanes);
+    for_rows(policy, y.extent(0), y.extent(1), [&](std::int64_t r, std::int64_t next) {
+      T const *g = gate.row(r), *u = row_if(up, r), *next_g = gate.row(next), *next_u = row_if(up, next);
+      simd::for_packs<V::lanes>(y.extent(1), [&](std::int64_t i, auto lanes) {
+        simd::prefetch(next_g + i);
+        V v = Activation::apply(simd::load<V>(g + i, lanes));
+        if (u) {
+          simd::prefetch(next_u + i);
+          v *= simd::load<V>(u + i, lanes);
+        }
+        simd::store(v, y.row(r) + i, lanes);
+      });
     });
   }
 
@@ -25,26 +33,38 @@ struct backend<gated_activation, device::cpu> {
                        gated_activation::gradient_inputs<device::cpu, T> const& in,
                        gated_activation::gradients<device::cpu, T> const& out) {
     using V = simd::pack<accum_t<T>>;
-    for_elements<V>(policy, in.gate.extent(0), in.gate.extent(1), [&](std::int64_t r, std::int64_t i, auto lanes) {
-      V const gate = simd::load<V>(in.gate.row(r) + i, lanes);
-      V const d_y = simd::load<V>(in.d_y.row(r) + i, lanes);
-      V d_gate = d_y * Activation::derivative(gate);
-      if (in.up.present()) {
-        d_gate *= simd::load<V>(in.up.row(r) + i, lanes);
-        simd::store(d_y * Activation::apply(gate), out.d_up.row(r) + i, lanes);
-      }
-      simd::store(d_gate, out.d_gate.row(r) + i, lanes);
+    std::int64_t const width = in.gate.extent(1);
+    for_rows(policy, in.gate.extent(0), width, [&](std::int64_t r, std::int64_t next) {
+      T const *g = in.gate.row(r), *u = row_if(in.up, r), *d_y = in.d_y.row(r);
+      T const *next_g = in.gate.row(next), *next_u = row_if(in.up, next), *next_d_y = in.d_y.row(next);
+      simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
+        simd::prefetch(next_g + i);
+        simd::prefetch(next_d_y + i);
+        V const gate = simd::load<V>(g + i, lanes);
+        V const d = simd::load<V>(d_y + i, lanes);
+        V d_gate = d * Activation::derivative(gate);
+        if (u) {
+          simd::prefetch(next_u + i);
+          d_gate *= simd::load<V>(u + i, lanes);
+          simd::store(d * Activation::apply(gate), out.d_up.row(r) + i, lanes);
+        }
+        simd::store(d_gate, out.d_gate.row(r) + i, lanes);
+      });
     });
   }
 
  private:
-  template <class V, class Body>
-  static void for_elements(device::cpu const& policy, std::int64_t rows, std::int64_t width, Body&& body) {
+  /// Calls body(r, the row that comes after it) for each row.
+  template <class Body>
+  static void for_rows(device::cpu const& policy, std::int64_t rows, std::int64_t width, Body&& body) {
     std::int64_t const grain = std::max<std::int64_t>(1, 4096 / width);
     cpu::parallel_for(policy.threads, rows, grain, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t r = begin; r < end; ++r)
-        simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) { body(r, i, lanes); });
+      for (std::int64_t r = begin; r < end; ++r) body(r, std::min(r + 1, rows - 1));
     });
+  }
+  template <class T>
+  static T const* row_if(host_view<T const, dyn, dyn> x, std::int64_t r) {
+    return x.present() ? x.row(r) : nullptr;
   }
 };
 
