@@ -487,6 +487,31 @@ TEST_CASE_TEMPLATE("causal_conv1d: every tensor may be a slice of a wider one", 
   test::check_equal(test::download(d_bias), g.d_bias, "d_bias");
 }
 
+TEST_CASE_TEMPLATE("causal_conv1d: results larger than the caches have the bits of their parts", T, float, bfloat16) {
+  std::int64_t const D = 2064, part = 1000, L = (std::int64_t{17} << 20) / (D * static_cast<std::int64_t>(sizeof(T)));
+  problem p{.batch = 1, .length = L, .channels = D, .taps = 4};
+  p.x = values(index(L * D));
+  for (std::size_t i = 0; i < p.x.size(); ++i) p.x[i] = static_cast<double>(i % 1009) / 512 - 1;
+  p.weight = test::random_normal(D * 4, 1);
+  device_problem<T> const in(p);
+  auto const d_weight = zeros<accum_t<T>>(make_policy(), D, 4);
+  auto const both = [&](auto const& y, auto const& d_x, std::int64_t first, std::int64_t count) {
+    auto const x = in.x.columns(first, count);
+    auto const weight = in.weight.slice(first, count);
+    causal_conv1d::forward(make_policy(), {.x = x, .weight = weight}, y.columns(first, count));
+    causal_conv1d::backward<test_policy, T>(
+        make_policy(), {.x = x, .weight = weight, .d_y = x},
+        {.d_x = d_x.columns(first, count), .d_weight = d_weight.slice(first, count)});
+  };
+  auto const y = test::poisoned<T>(1, L, D), d_x = test::poisoned<T>(1, L, D);
+  both(y, d_x, 0, D);
+  auto const y_parts = test::poisoned<T>(1, L, D), d_x_parts = test::poisoned<T>(1, L, D);
+  both(y_parts, d_x_parts, 0, part);
+  both(y_parts, d_x_parts, part, D - part);
+  CHECK((test::download(y) == test::download(y_parts)));
+  CHECK((test::download(d_x) == test::download(d_x_parts)));
+}
+
 TEST_CASE("causal_conv1d: sequences without steps hand their state on") {
   auto const p = make<float>(3, 0, 5, 4);
   test::check_equal(run<float>(p).final_state, p.initial, "final_state");
