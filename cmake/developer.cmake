@@ -7,9 +7,11 @@ set(CMAKE_CXX_EXTENSIONS OFF)
 set(CMAKE_CXX_SCAN_FOR_MODULES OFF)
 
 set(blackmamba_warnings -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wsign-conversion)
+set(blackmamba_gcc_warnings)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
   # GCC 12 sees overlapping copies in std::string's operator+ that are not there (GCC bug 105651).
-  list(APPEND blackmamba_warnings -Wno-restrict)
+  # Of GCC alone: the header tests hand the other warnings to a second compiler too.
+  set(blackmamba_gcc_warnings -Wno-restrict)
 endif()
 # nvcc's own generated host code is not pedantic, so -Wpedantic stays out of what is handed to its host compiler.
 set(blackmamba_cuda_warnings -Xcompiler=-Wall,-Wextra,-Wconversion,-Wshadow)
@@ -18,7 +20,7 @@ set(blackmamba_cuda_warnings -Xcompiler=-Wall,-Wextra,-Wconversion,-Wshadow)
 add_library(blackmamba_developer INTERFACE)
 target_link_libraries(blackmamba_developer INTERFACE blackmamba::blackmamba)
 target_compile_options(blackmamba_developer INTERFACE
-  "$<$<COMPILE_LANGUAGE:CXX>:${blackmamba_warnings}>"
+  "$<$<COMPILE_LANGUAGE:CXX>:${blackmamba_warnings};${blackmamba_gcc_warnings}>"
   "$<$<COMPILE_LANGUAGE:CUDA>:${blackmamba_cuda_warnings}>")
 if(BLACKMAMBA_WERROR)
   target_compile_options(blackmamba_developer INTERFACE
