@@ -76,11 +76,11 @@ struct bm::backend<Op, noting> : bm::backend<Op, bm::device::cpu> {
 struct config {
   static constexpr int d_model = 16, d_ff = 32, experts = 3, vocab = 64;
 };
-using block = bm::stack<bm::prenorm<bm::rms_norm, bm::mamba<config, leaky_integrator>>,
-                        bm::prenorm<bm::rms_norm, bm::moe<config, bm::top1<last_expert_closed>, bm::geglu>>>;
+using layers = bm::stack<bm::prenorm<bm::rms_norm, bm::mamba<config, leaky_integrator>>,
+                         bm::prenorm<bm::rms_norm, bm::moe<config, bm::top1<last_expert_closed>, bm::geglu>>>;
 
 int main() {
-  bm::network<bm::language_model<config, bm::repeat<2, block>>, noting> net(/*seed=*/1);
+  bm::network<bm::language_model<config, bm::repeat<2, layers>>, noting> net(/*seed=*/1);
   bm::trainer train(net, {.batch = 2, .length = 16, .learning_rate = {.peak = 1e-2, .warmup = 5, .steps = 40}});
   bm::token_batch tokens(2, 17);
   for (std::int64_t i = 0; i < tokens.size(); ++i) tokens.data()[i] = static_cast<std::int32_t>(i % 17 % 5 * 7);

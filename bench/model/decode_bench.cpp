@@ -57,3 +57,5 @@ void read_bandwidth(benchmark::State& state) {
 
 BENCHMARK(read_bandwidth)->UseRealTime()->Unit(benchmark::kMillisecond)->MinTime(2);
 BENCHMARK(decode_step)->UseRealTime()->Unit(benchmark::kMillisecond)->MinTime(3);
+
+BENCHMARK_MAIN();

@@ -62,3 +62,5 @@ void eigen_largest_product(benchmark::State& state) {
 
 BENCHMARK(eigen_largest_product)->UseRealTime()->Unit(benchmark::kMillisecond);
 BENCHMARK(training_step)->UseRealTime()->Unit(benchmark::kMillisecond)->MinTime(4);
+
+BENCHMARK_MAIN();

@@ -17,7 +17,7 @@ struct training_options {
   std::int64_t batch = 8;          ///< sequences of a forward pass
   std::int64_t length = 256;       ///< tokens of a sequence
   std::int64_t accumulation = 1;   ///< forward passes of an optimizer step
-  warmup_cosine learning_rate;
+  warmup_cosine learning_rate = {};
   double weight_decay = 0.1;       ///< of matrices; vectors do not decay
   double beta1 = 0.9;
   double beta2 = 0.95;
