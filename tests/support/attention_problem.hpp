@@ -32,7 +32,7 @@ struct shape {
   }
   std::string text() const {
     std::string t = packed ? "packed" : "batch";
-    for (auto n : lengths) t += " " + std::to_string(n);
+    for (auto n : lengths) t.append(" ").append(std::to_string(n));
     return t + ", heads " + std::to_string(heads) + "/" + std::to_string(kv_heads) + ", head dimension " +
            std::to_string(head_dim);
   }

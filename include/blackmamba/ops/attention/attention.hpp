@@ -201,7 +201,7 @@ struct attention {
                           float base) {
     check_that(head_dim >= 2 && head_dim <= max_head_dim && head_dim % 2 == 0, op, "head dimension",
                std::to_string(head_dim), "an even number from 2 to " + std::to_string(max_head_dim));
-    check_that(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, op, "k",
+    check_that(kv_heads > 0 ? heads > 0 && heads % kv_heads == 0 : heads == 0, op, "k",
                std::to_string(kv_heads) + " key/value heads",
                "a divisor of the " + std::to_string(heads) + " query heads");
     if (!(base >= 0))

@@ -1,5 +1,6 @@
 #pragma once
 #include <blackmamba/core/cpu/parallel_for.hpp>
+#include <blackmamba/core/cpu/sequences.hpp>
 #include <blackmamba/ops/attention/attention.hpp>
 #include <blackmamba/ops/attention/attention_work_cpu.hpp>
 
@@ -138,6 +139,8 @@ struct backend<attention, device::cpu> {
     using A = accum_t<T>;
     std::int64_t const kv_heads = in.k.extent(2), share = in.q.extent(2) / kv_heads, head_dim = in.q.extent(3);
     std::int64_t const ld = attention_tiles::whole_packs<A>(head_dim);
+    static_assert(attention_tiles::block_rows <= attention::gradient_row_padding &&
+                  simd::width<A> <= attention::gradient_column_padding);
     cpu::parallel_for(policy.threads, static_cast<std::int64_t>(list.size()) * kv_heads, 1, [&](auto begin, auto end) {
       attention_tiles::key_gradient_tile<A> work(head_dim);
       for (std::int64_t task = begin; task < end; ++task) {
@@ -205,24 +208,12 @@ struct backend<attention, device::cpu> {
 
   template <class Q, class Offsets>
   static std::vector<sequence> sequences(char const* op, Q const& q, Offsets const& cu_seqlens) {
+    cpu::sequences const all(op, q.extent(0), q.extent(1), cu_seqlens, attention_tiles::tile);
     std::vector<sequence> list;
-    std::int64_t const length = q.extent(1);
-    if (!cu_seqlens.present()) {
-      for (std::int64_t b = 0; b < q.extent(0); ++b) list.push_back({.index = b, .batch = b, .rows = length});
-      return list;
+    for (std::int64_t s = 0; s < all.count(); ++s) {
+      auto const of = all[s];
+      list.push_back({.index = of.index, .batch = of.batch, .first = of.first, .rows = of.length});
     }
-    auto const check = [&](bool good, std::int64_t i) {
-      if (!good)
-        throw value_error(std::string(op) + ": cu_seqlens: got " + std::to_string(cu_seqlens(i)) + " at index " +
-                          std::to_string(i) + ", expected offsets that rise from 0 to " + std::to_string(length));
-    };
-    std::int64_t const last = cu_seqlens.extent(0) - 1;
-    check(cu_seqlens(0) == 0, 0);
-    for (std::int64_t s = 0; s < last; ++s) {
-      check(cu_seqlens(s + 1) >= cu_seqlens(s), s + 1);
-      list.push_back({.index = s, .first = cu_seqlens(s), .rows = cu_seqlens(s + 1) - cu_seqlens(s)});
-    }
-    check(cu_seqlens(last) == length, last);
     return list;
   }
 
@@ -293,6 +284,13 @@ struct backend<attention, device::cpu> {
   static void fill_tables(policy_type const& policy, std::vector<sequence> const& list, float base,
                           host_view<A, dyn, dyn> angles, host_view<double, dyn, dyn> steps) {
     std::int64_t const head_dim = angles.extent(1);
+    std::int64_t positions = 0;
+    for (auto const& s : list) positions += s.rows;
+    if (positions < block / 2) {
+      for (auto const& s : list)
+        for (std::int64_t i = 0; i < s.rows; ++i) fill_row(s.past + i, head_dim, base, angles.row(s.angles + i));
+      return;
+    }
     cpu::parallel_for(policy.threads, block, 8, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) fill_angles(i, head_dim, base, steps.row(i));
     });
