@@ -463,6 +463,11 @@ TEST_CASE("associative_scan: shapes that disagree are named") {
   auto const cu = to_policy(std::vector<std::int64_t>{0, 2, 5}, 3);
   CHECK(message(x, {.cu_seqlens = cu}) ==
         "associative_scan: cu_seqlens: got with 2 rows, expected one row of packed sequences");
+  auto const none = to_policy(std::vector<std::int64_t>{0}, 1);
+  auto const one_row = zeros<float>(make_policy(), 1, 5);
+  CHECK(test::message_of<shape_error>([&] {
+          associative_scan::forward(make_policy(), plain_sum{}, one_row, one_row, {.cu_seqlens = none});
+        }) == "associative_scan: cu_seqlens: got no sequences, expected some for 5 steps");
   if constexpr (std::is_same_v<test_space, space::host>) {
     auto const row = zeros<float>(make_policy(), 1, 5);
     for (auto const& [offsets, text] : {std::pair<std::vector<std::int64_t>, char const*>{{1, 5}, "got 1 at index 0"},

@@ -3,6 +3,11 @@
 
 #include <cmath>
 
+#if BLACKMAMBA_CUDA  // with simd packs, these templates are host functions alone, as is meant
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 20011, 20014
+#endif
+
 /// Mathematics on one value, written once: T is float or double on any device, or a simd pack on the host. Elementary
 /// functions of packs are found by argument-dependent lookup (core/cpu/simd.hpp).
 namespace blackmamba::math {
@@ -89,3 +94,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE T gelu_derivative(T x) {
 }
 
 }  // namespace blackmamba::math
+
+#if BLACKMAMBA_CUDA
+#pragma nv_diagnostic pop
+#endif

@@ -1,7 +1,13 @@
 #pragma once
 #include <blackmamba/core/math.hpp>
 
-#include <limits>
+#include <cmath>
+#include <type_traits>
+
+#if BLACKMAMBA_CUDA  // with simd packs, these templates are host functions alone, as is meant
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 20011, 20014
+#endif
 
 /// Operators of scans, for a scalar on any device or a simd pack on the host.
 namespace blackmamba {
@@ -40,24 +46,30 @@ struct product {
 
 template <class E>
 struct maximum {
+  static_assert(std::is_floating_point_v<E>,
+                "blackmamba: scan_operator::maximum: the type has no infinity; write the operator with a least value of "
+                "your own");
   static constexpr bool lane_wise = true;
   template <class V>
   BLACKMAMBA_HD V operator()(V a, V b) const {
     using math::max;
     return max(a, b);
   }
-  BLACKMAMBA_HD static E identity() { return -std::numeric_limits<E>::infinity(); }
+  BLACKMAMBA_HD static E identity() { return E(-INFINITY); }
 };
 
 template <class E>
 struct minimum {
+  static_assert(std::is_floating_point_v<E>,
+                "blackmamba: scan_operator::minimum: the type has no infinity; write the operator with a largest value "
+                "of your own");
   static constexpr bool lane_wise = true;
   template <class V>
   BLACKMAMBA_HD V operator()(V a, V b) const {
     using math::min;
     return min(a, b);
   }
-  BLACKMAMBA_HD static E identity() { return std::numeric_limits<E>::infinity(); }
+  BLACKMAMBA_HD static E identity() { return E(INFINITY); }
 };
 
 /// One affine map after another: a is applied first. Scanning the maps (a_t, b_t) from (1, h_0) gives in its b the
@@ -88,3 +100,7 @@ exchanged(Operator) -> exchanged<Operator>;
 
 }  // namespace scan_operator
 }  // namespace blackmamba
+
+#if BLACKMAMBA_CUDA
+#pragma nv_diagnostic pop
+#endif

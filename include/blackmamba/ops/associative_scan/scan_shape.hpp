@@ -67,6 +67,8 @@ class scan_shape {
     check_that(cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
     packed_ = cu_seqlens.extent(0) - 1;
     is_packed_ = true;
+    check_that(packed_ > 0 || length_ == 0, op, "cu_seqlens", "no sequences",
+               "some for " + std::to_string(length_) + " steps");
   }
   scan_shape(int rank, std::int64_t batch, std::int64_t length, std::int64_t channels, std::int64_t packed)
       : rank_(rank), batch_(batch), length_(length), channels_(channels), packed_(packed), is_packed_(packed > 0) {}
