@@ -29,9 +29,10 @@ class fused_row {
   A const* residual_;
 };
 
-/// Calls body(r, sums) for each row r, where sums points to the partial sums over rows of its block: a row of `partial`,
-/// zero before the block's first row. Blocks of rows_per_block rows are shared among threads; within one, rows come in
-/// order, so that no sum depends on the number of threads. add_column_sums over `partial` is the second half.
+/// Calls body(r, sums) for each row r, where sums points to the partial sums over rows of its block: a row of
+/// `partial`, zero before the block's first row. Blocks of rows_per_block rows are shared among threads; within one,
+/// rows come in order, so that no sum depends on the number of threads. add_column_sums over `partial` is the second
+/// half.
 template <class A, class Body>
 void for_row_blocks(int threads, std::int64_t rows, std::int64_t rows_per_block, host_view<A, dyn, dyn> partial,
                     Body&& body) {

@@ -83,8 +83,8 @@ struct backend<cross_entropy, device::cpu> {
     for (; i < n; ++i) m = std::max(m, widen(row[i]));
     return m;
   }
-  /// Sum of exp(logit - largest), in accum_t<T> over blocks that are short enough for it, over blocks in double. Here there
-  /// is time to fetch the next row, whose largest logit is looked for next.
+  /// Sum of exp(logit - largest), in accum_t<T> over blocks that are short enough for it, over blocks in double. Here
+  /// there is time to fetch the next row, whose largest logit is looked for next.
   template <class T>
   static double sum_of_exponentials(T const* row, T const* next, std::int64_t n, accum_t<T> largest) {
     using V = simd::pack<accum_t<T>>;

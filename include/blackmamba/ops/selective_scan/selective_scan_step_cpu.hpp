@@ -5,8 +5,8 @@
 
 namespace blackmamba::selective_scan_tiles {
 
-/// Moves sequences by one token, for a few hundred channels at a time: a pack holds states of one channel, which lie side
-/// by side in memory. What a step costs is to read and write the state once.
+/// Moves sequences by one token, for a few hundred channels at a time: a pack holds states of one channel, which lie
+/// side by side in memory. What a step costs is to read and write the state once.
 template <class T, int N>
 class step_worker {
  public:
