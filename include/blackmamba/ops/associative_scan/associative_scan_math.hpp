@@ -47,8 +47,8 @@ struct product {
 template <class E>
 struct maximum {
   static_assert(std::is_floating_point_v<E>,
-                "blackmamba: scan_operator::maximum: the type has no infinity; write the operator with a least value of "
-                "your own");
+                "blackmamba: scan_operator::maximum: the type has no infinity; write the operator with a least value "
+                "of your own");
   static constexpr bool lane_wise = true;
   template <class V>
   BLACKMAMBA_HD V operator()(V a, V b) const {
