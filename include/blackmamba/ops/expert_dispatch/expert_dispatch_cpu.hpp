@@ -150,11 +150,11 @@ struct backend<expert_dispatch, device::cpu> {
   /// meaning.
   template <bool AllRouted, class Body>
   static void ranks_of(std::int64_t experts, std::int64_t* next, std::int32_t const* e, std::int64_t n, Body&& body) {
-    if (experts > 8) {
+    if (experts == 0 || experts > 8) {
       for (std::int64_t i = 0; i < n; ++i) body(i, e[i], AllRouted || e[i] >= 0 ? next[e[i]]++ : 0);
       return;
     }
-    // Up to 8 experts: a byte of one register counts for each of them, which no slot has to wait for; before a byte
+    // 1 to 8 experts: a byte of one register counts for each of them, which no slot has to wait for; before a byte
     // can overflow, the counts go to next.
     for (std::int64_t start = 0; start < n; start += run_length) {
       std::uint64_t seen = 0;
