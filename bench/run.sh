@@ -19,5 +19,5 @@ for program in "$build"/bench/*_bench; do
   if (($#)) && [[ " $* " != *" $name "* ]]; then continue; fi
   echo "== $name"
   "$program" --benchmark_out="$root/bench/results/$name.json" --benchmark_out_format=json \
-    --benchmark_context=commit="$commit" --benchmark_context=machine="$machine, $(nproc) cores"
+    --benchmark_context=commit="$commit",machine="$machine with $(nproc) cores"
 done
