@@ -27,6 +27,12 @@ class workspace_error : public error {
   using error::error;
 };
 
+/// A CUDA call that failed; names the operator. Errors of a kernel that is already running may be reported by a later
+/// operator (cuda::synchronise_each_launch finds the right one).
+class cuda_error : public error {
+  using error::error;
+};
+
 /// A file that can't be read or written, or does not hold what it should.
 class file_error : public error {
   using error::error;

@@ -94,3 +94,7 @@ struct backend<memory, device::cpu> {
 };
 
 }  // namespace blackmamba
+
+#if BLACKMAMBA_CUDA
+#include <blackmamba/core/cuda/memory_cuda.cuh>
+#endif

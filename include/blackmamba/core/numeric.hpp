@@ -50,10 +50,14 @@ struct bfloat16 {
 
   bfloat16() = default;
   BLACKMAMBA_HD explicit bfloat16(float value) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));  // sm_80 and later; a NaN becomes 0x7fff
+#else
     std::uint32_t const u = detail::bits_as<std::uint32_t>(value);
     bits = (u & 0x7fffffffu) > 0x7f800000u
                ? static_cast<std::uint16_t>((u >> 16) | 0x40u)  // a NaN stays a NaN
                : static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+#endif
   }
   BLACKMAMBA_HD explicit operator float() const {
     return detail::bits_as<float>(static_cast<std::uint32_t>(bits) << 16);
@@ -67,8 +71,22 @@ struct half {
   std::uint16_t bits;
 
   half() = default;
-  BLACKMAMBA_HD explicit half(float value) : bits(detail::half_bits_from_float(value)) {}
-  BLACKMAMBA_HD explicit operator float() const { return detail::float_from_half_bits(bits); }
+  BLACKMAMBA_HD explicit half(float value) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    bits = detail::half_bits_from_float(value);
+#endif
+  }
+  BLACKMAMBA_HD explicit operator float() const {
+#if defined(__CUDA_ARCH__)
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#else
+    return detail::float_from_half_bits(bits);
+#endif
+  }
   friend bool operator==(half, half) = default;  // bitwise
 };
 

@@ -1,0 +1,15 @@
+#pragma once
+#include "support/device_gate.hpp"
+
+#include <blackmamba/core/policy.hpp>
+
+#include <cuda_runtime.h>
+
+/// The policy that a test body is compiled against; the build includes one such file before the body.
+using test_policy = blackmamba::device::cuda;
+inline test_policy make_policy() { return {}; }
+
+inline bool const gated = test::require_device("CUDA device", [] {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+});
