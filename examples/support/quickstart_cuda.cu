@@ -1,0 +1,20 @@
+#include "support/quickstart_run.hpp"
+
+#include <cuda_runtime.h>
+
+namespace quickstart {
+
+bool cuda_is_here() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+}
+
+int run_on_cuda(arguments const& a) {
+  cudaDeviceProp device{};
+  bm::cuda::check("quickstart", cudaGetDeviceProperties(&device, 0));
+  auto const peak = [] { return bm::cuda::device_memory().peak; };
+  if (a.size == "large") return run<quickstart_large, bm::device::cuda, bm::bfloat16>(a, device.name, peak);
+  return run<quickstart_small, bm::device::cuda, bm::bfloat16>(a, device.name, peak);
+}
+
+}  // namespace quickstart
