@@ -24,15 +24,14 @@ class generation_state {
   /// The state before the first token.
   explicit generation_state(Network const& network, std::int64_t batch = 1, std::int64_t capacity = 0)
       : policy_(network.policy()), batch_(batch), capacity_(capacity) {
-    std::int64_t const words = bind(nullptr);
-    memory_ = zeros<std::int64_t>(policy_, words);
-    bind(memory_.data());
+    memory_ = zeros<std::int64_t>(policy_, bind(views_, batch, capacity, nullptr));
+    bind(views_, batch, capacity, memory_.data());
   }
   generation_state(generation_state const& other)
       : policy_(other.policy_), batch_(other.batch_), capacity_(other.capacity_), position_(other.position_) {
     memory_ = tensor<S, std::int64_t, dyn>(other.memory_.size());
     memory::copy(policy_, other.memory_.as_view(), memory_.as_view());
-    bind(memory_.data());
+    bind(views_, batch_, capacity_, memory_.data());
   }
   generation_state& operator=(generation_state other) noexcept {
     std::swap(memory_, other.memory_);
@@ -44,6 +43,15 @@ class generation_state {
   }
   generation_state(generation_state&&) noexcept = default;
 
+  /// The values of another state of the same shape, in this one's memory: addresses stay, as recorded steps need it.
+  void copy_from(generation_state const& other) {
+    check_that(other.batch_ == batch_ && other.capacity_ == capacity_, "generation_state.copy_from", "other",
+               std::to_string(other.batch_) + " sequences with capacity " + std::to_string(other.capacity_),
+               std::to_string(batch_) + " with " + std::to_string(capacity_));
+    memory::copy(policy_, other.memory_.as_view(), memory_.as_view());
+    position_ = other.position_;
+  }
+
   views_type& views() { return views_; }
   std::int64_t batch() const { return batch_; }
   std::int64_t capacity() const { return capacity_; }
@@ -51,6 +59,11 @@ class generation_state {
   std::int64_t position() const { return position_; }
   void advance(std::int64_t tokens) { position_ += tokens; }
   std::int64_t bytes() const { return memory_.size() * 8; }
+  /// Whether its size depends on the capacity: there are attention layers.
+  static bool grows() {
+    views_type unbound{};
+    return bind(unbound, 1, 128, nullptr) > bind(unbound, 1, 0, nullptr);
+  }
 
   /// @throws file_error
   void save(std::string const& path) const {
@@ -87,10 +100,9 @@ class generation_state {
   }
 
  private:
-  std::int64_t bind(std::int64_t* base) {
+  static std::int64_t bind(views_type& views, std::int64_t batch, std::int64_t capacity, std::int64_t* base) {
     std::int64_t words = 0;
-    arch::visit_state(views_, batch_, capacity_,
-                      [&](entry const& e, auto& v) { detail::bind_view(v, e, base, words); });
+    arch::visit_state(views, batch, capacity, [&](entry const& e, auto& v) { detail::bind_view(v, e, base, words); });
     return words;
   }
 

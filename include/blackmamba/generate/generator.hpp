@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/recording.hpp>
 #include <blackmamba/core/workspace.hpp>
 #include <blackmamba/generate/generation_state.hpp>
 #include <blackmamba/generate/sampler.hpp>
@@ -45,6 +46,7 @@ class generator {
     std::int64_t const n = tokens.extent(1);
     check_that(n > 0, "generator.prefill", "tokens", "an empty prompt", "at least one token");
     check_tokens(tokens);
+    check_capacity(n);
     for (std::int64_t at = 0; at < n; at += options_.prefill_chunk) {
       std::int64_t const length = std::min(options_.prefill_chunk, n - at);
       stage(tokens, at, length);
@@ -63,9 +65,11 @@ class generator {
     host_view<std::int32_t const, dyn, dyn> const one(tokens.data(), static_cast<std::int64_t>(tokens.size()), 1);
     check_shape("generator.step", "tokens", one, {options_.batch, 1});
     check_tokens(one);
+    check_capacity(1);
     stage(one, 0, 1);
-    context<P> const c{.policy = device(), .batch = options_.batch};
-    advance<P>(c);
+    recorded_.run(device(), [this](P const& policy) {
+      advance<P>({.policy = policy, .batch = options_.batch});
+    });
     state_.advance(1);
     fetch();
   }
@@ -83,7 +87,7 @@ class generator {
     check_that(state.batch() == options_.batch && state.capacity() == options_.capacity, "generator.restore", "state",
                std::to_string(state.batch()) + " sequences with capacity " + std::to_string(state.capacity()),
                std::to_string(options_.batch) + " with " + std::to_string(options_.capacity));
-    state_ = state;
+    state_.copy_from(state);
   }
   std::int64_t position() const { return state_.position(); }
   std::size_t workspace_bytes() const { return workspace_.capacity(); }
@@ -123,6 +127,12 @@ class generator {
           throw value_error("generator: token " + std::to_string(i) + " of sequence " + std::to_string(b) + ": got " +
                             std::to_string(tokens(b, i)) + ", expected 0 to " + std::to_string(arch::vocab - 1));
   }
+  /// Attention layers hold `capacity` tokens; on a device only the host knows how many are there.
+  void check_capacity(std::int64_t more) const {
+    if (state_.grows() && state_.position() + more > options_.capacity)
+      throw value_error("generator: capacity: got " + std::to_string(state_.position()) + " tokens and " +
+                        std::to_string(more) + " more, expected at most " + std::to_string(options_.capacity));
+  }
   void stage(host_view<std::int32_t const, dyn, dyn> tokens, std::int64_t first, std::int64_t length) {
     tensor<space::host, std::int32_t, dyn> host(options_.batch * length);
     for (std::int64_t b = 0; b < options_.batch; ++b)
@@ -143,6 +153,7 @@ class generator {
   tensor<space::host, A, dyn, dyn> host_logits_;
   std::vector<float> narrowed_;
   arena<S> workspace_;
+  recording<P> recorded_;  // the decoding step
 };
 
 /// Continues a prompt by `count` tokens. Calls emit(token) for each as it is made; emit returning false ends the text.

@@ -5,11 +5,61 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 
 namespace blackmamba {
+
+namespace cuda {
+
+/// Bytes that this program's tensors and arenas hold on its devices, now and at most so far.
+struct memory_usage {
+  std::size_t current = 0;
+  std::size_t peak = 0;
+};
+
+namespace detail {
+
+class memory_ledger {
+ public:
+  void add(void* p, std::size_t bytes) {
+    std::lock_guard const lock(mutex_);
+    blocks_.emplace(p, bytes);
+    usage_.current += bytes;
+    usage_.peak = std::max(usage_.peak, usage_.current);
+  }
+  void remove(void* p) noexcept {
+    std::lock_guard const lock(mutex_);
+    auto const found = blocks_.find(p);
+    if (found == blocks_.end()) return;
+    usage_.current -= found->second;
+    blocks_.erase(found);
+  }
+  memory_usage usage() {
+    std::lock_guard const lock(mutex_);
+    return usage_;
+  }
+  static memory_ledger& instance() {
+    // Never destroyed: tensors of static storage may outlive it.
+    static auto* const ledger = new memory_ledger;
+    return *ledger;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<void*, std::size_t> blocks_;
+  memory_usage usage_;
+};
+
+}  // namespace detail
+
+inline memory_usage device_memory() { return detail::memory_ledger::instance().usage(); }
+
+}  // namespace cuda
 
 /// Device memory by cudaMalloc, on the current device.
 template <>
@@ -28,10 +78,14 @@ struct memory_resource<space::device> {
                             std::to_string(free) + " of " + std::to_string(total) + " bytes are free");
     }
     cuda::check("memory", status);
+    cuda::detail::memory_ledger::instance().add(p, bytes);
     return p;
   }
   /// Waits for the work that may use the memory.
-  static void deallocate(void* p) noexcept { (void)cudaFree(p); }
+  static void deallocate(void* p) noexcept {
+    cuda::detail::memory_ledger::instance().remove(p);
+    (void)cudaFree(p);
+  }
 };
 
 namespace cuda::detail {
