@@ -3,7 +3,7 @@
 # A test body tests/<layer>/<name>_test.hpp speaks of test_policy alone; for each backend the build writes the
 # translation unit that says which policy that is, and makes a program of it: <layer>.<name>.cpu, and where CUDA is
 # enabled and the subject has CUDA files <layer>.<name>.cuda (label gpu). A tests/**/<name>_test.cpp is a program by
-# itself.
+# itself, and so is a tests/**/<name>_test.cu where CUDA is enabled: what compares devices.
 # Files are found by pattern: a new one needs no line here.
 
 # The programs that run work on several threads; ThreadSanitizer runs these.
@@ -113,4 +113,14 @@ function(blackmamba_find_tests)
     string(REGEX MATCH "^[a-z_]+" layer ${name})
     blackmamba_add_test(${name} ${program} ${layer})
   endforeach()
+
+  if(blackmamba_with_cuda)
+    file(GLOB_RECURSE programs CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} *_test.cu)
+    foreach(program IN LISTS programs)
+      string(REGEX REPLACE "_test\\.cu$" "" name ${program})
+      string(REPLACE "/" "." name ${name})
+      string(REGEX MATCH "^[a-z_]+" layer ${name})
+      blackmamba_add_test(${name} ${program} ${layer} gpu)
+    endforeach()
+  endif()
 endfunction()
