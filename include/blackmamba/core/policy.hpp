@@ -33,6 +33,16 @@ struct cuda {
   cudaStream_t stream = nullptr;
   arena<space::device>* workspace = nullptr;  ///< scratch memory; required inside a graph capture
 };
+#else
+/// Where there is no CUDA the name stands for one sentence.
+template <bool CompiledAsCuda = false>
+struct cuda_without_nvcc {
+  static_assert(CompiledAsCuda, "blackmamba: device::cuda: this file is not compiled as CUDA; compile it with nvcc (name "
+                                "it .cu, link blackmamba::cuda), or choose device::cpu");
+  using memory_space = space::device;
+  arena<space::device>* workspace = nullptr;
+};
+using cuda = cuda_without_nvcc<>;
 #endif
 
 /// Runs nothing: every operator checks its arguments, takes its scratch from the workspace and returns. A step under
