@@ -20,6 +20,7 @@ namespace cuda {
 struct memory_usage {
   std::size_t current = 0;
   std::size_t peak = 0;
+  std::size_t allocations = 0;  ///< how many were ever made
 };
 
 namespace detail {
@@ -31,6 +32,7 @@ class memory_ledger {
     blocks_.emplace(p, bytes);
     usage_.current += bytes;
     usage_.peak = std::max(usage_.peak, usage_.current);
+    ++usage_.allocations;
   }
   void remove(void* p) noexcept {
     std::lock_guard const lock(mutex_);
