@@ -92,6 +92,18 @@ TEST_CASE("trainer: loss is a mean over tokens, evaluation needs whole batches")
         "trainer.step: tokens: got (4, 9), expected (4, 17)");
 }
 
+TEST_CASE("trainer: a token outside the vocabulary is named before anything is done") {
+  tiny_network<> net(1, make_policy());
+  trainer train(net, options);
+  auto tokens = batch(0);
+  tokens(2, 5) = 11;
+  CHECK(test::message_of<value_error>([&] { train.step(tokens); }) ==
+        "trainer.step: tokens: row 2, position 5 holds 11, expected 0 to 10");
+  CHECK(test::message_of<value_error>([&] { train.evaluate(tokens); }) ==
+        "trainer.evaluate: tokens: row 2, position 5 holds 11, expected 0 to 10");
+  CHECK(train.step_count() == 0);
+}
+
 TEST_CASE("trainer: a loss that is not finite is reported and changes nothing") {
   tiny_network<> net(1, make_policy());
   trainer train(net, options);

@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/recording.hpp>
 #include <blackmamba/model/checkpoint.hpp>
 #include <blackmamba/model/network.hpp>
 #include <blackmamba/ops/adamw/adamw.hpp>
@@ -55,8 +56,8 @@ class trainer {
         gradient_(network.policy(), true),
         first_moment_(network.policy(), true),
         second_moment_(network.policy(), true),
-        token_(options.batch * options.length),
-        target_(options.batch * options.length),
+        token_(options.accumulation * options.batch * options.length),
+        target_(options.accumulation * options.batch * options.length),
         losses_(zeros<A>(network.policy(), options.accumulation)),
         norm_(zeros<A>(network.policy(), 1)),
         workspace_(measure()) {
@@ -71,16 +72,10 @@ class trainer {
   step_report step(host_view<std::int32_t const, dyn, dyn> tokens) {
     check_shape("trainer.step", "tokens", tokens, {options_.accumulation * options_.batch, options_.length + 1});
     P const policy = device();
-    memory::zero(policy, gradient_.flat());
-    A const scale = static_cast<A>(1.0 / static_cast<double>(tokens.extent(0) * options_.length));
-    for (std::int64_t i = 0; i < options_.accumulation; ++i) {
-      stage(policy, tokens.slice(i * options_.batch, options_.batch));
-      context<P> c{.policy = policy, .batch = options_.batch, .length = options_.length, .training = true};
-      accumulate_gradient<P>(c, network_.parameters(), token_, target_, losses_.slice(i, 1), scale, gradient_.views());
-    }
+    stage(policy, "trainer.step", tokens);
     step_report report{.step = step_ + 1, .learning_rate = options_.learning_rate(step_ + 1)};
-    adamw::norm<P, A>(policy, gradient_.flat(), norm_);
-    update(policy, report);
+    A const scale = static_cast<A>(1.0 / static_cast<double>(tokens.extent(0) * options_.length));
+    recorded_.run(policy, [&](P const& p) { optimizer_step(p, scale, report); });
     tensor<space::host, A, dyn> losses(options_.accumulation), norm(1);
     memory::download(policy, losses_.as_view(), losses.as_view());
     memory::download(policy, norm_.as_view(), norm.as_view());
@@ -103,9 +98,10 @@ class trainer {
     P const policy = device();
     double total = 0;
     for (std::int64_t r = 0; r < tokens.extent(0); r += options_.batch) {
-      stage(policy, tokens.slice(r, options_.batch));
+      stage(policy, "trainer.evaluate", tokens.slice(r, options_.batch));
       context<P> c{.policy = policy, .batch = options_.batch, .length = options_.length, .observe = true};
-      evaluate_batch<P>(c, network_.parameters(), token_, target_, losses_.slice(0, 1));
+      auto const n = c.tokens();
+      evaluate_batch<P>(c, network_.parameters(), token_.slice(0, n), target_.slice(0, n), losses_.slice(0, 1));
       tensor<space::host, A, dyn> loss(1);
       memory::download(policy, losses_.slice(0, 1), loss.as_view());
       total += static_cast<double>(loss(0));
@@ -183,6 +179,19 @@ class trainer {
     return policy;
   }
 
+  /// Everything of a step that the device does: the same work on the same memory every time.
+  void optimizer_step(P const& policy, A scale, step_report const& report) {
+    memory::zero(policy, gradient_.flat());
+    for (std::int64_t i = 0; i < options_.accumulation; ++i) {
+      context<P> c{.policy = policy, .batch = options_.batch, .length = options_.length, .training = true};
+      auto const n = c.tokens();
+      accumulate_gradient<P>(c, network_.parameters(), token_.slice(i * n, n), target_.slice(i * n, n),
+                             losses_.slice(i, 1), scale, gradient_.views());
+    }
+    adamw::norm<P, A>(policy, gradient_.flat(), norm_);
+    update(policy, report);
+  }
+
   /// Forward, loss and backward of one batch under any policy that shares the memory space: P itself, or its dry run.
   template <device_policy Q>
   static void accumulate_gradient(context<Q> const& c, typename Network::parameters_type const& p,
@@ -214,23 +223,30 @@ class trainer {
     using dry = device::dry<P>;
     auto measuring = arena<S>::measuring();
     context<dry> c{.policy = {.workspace = &measuring}, .batch = options_.batch, .length = options_.length};
-    evaluate_batch<dry>(c, network_.parameters(), token_, target_, losses_.slice(0, 1));
+    auto const token = token_.slice(0, c.tokens()), target = target_.slice(0, c.tokens());
+    evaluate_batch<dry>(c, network_.parameters(), token, target, losses_.slice(0, 1));
     c.training = true;
-    accumulate_gradient<dry>(c, network_.parameters(), token_, target_, losses_.slice(0, 1), A(1), gradient_.views());
+    accumulate_gradient<dry>(c, network_.parameters(), token, target, losses_.slice(0, 1), A(1), gradient_.views());
     adamw::norm<dry, A>(c.policy, gradient_.flat(), norm_);
     return arena<S>(measuring.peak());
   }
 
-  void stage(P const& policy, host_view<std::int32_t const, dyn, dyn> tokens) {
+  /// Inputs and targets of some rows, to the front of their memory. Checked here, for a device cannot complain.
+  void stage(P const& policy, char const* who, host_view<std::int32_t const, dyn, dyn> tokens) {
     auto const rows = tokens.extent(0), length = tokens.extent(1) - 1;
     tensor<space::host, std::int32_t, dyn> token(rows * length), target(rows * length);
     for (std::int64_t r = 0; r < rows; ++r)
-      for (std::int64_t i = 0; i < length; ++i) {
-        token(r * length + i) = tokens(r, i);
-        target(r * length + i) = tokens(r, i + 1);
+      for (std::int64_t i = 0; i <= length; ++i) {
+        auto const t = tokens(r, i);
+        if (t < 0 || t >= arch::vocab)
+          throw value_error(std::string(who) + ": tokens: row " + std::to_string(r) + ", position " +
+                            std::to_string(i) + " holds " + std::to_string(t) + ", expected 0 to " +
+                            std::to_string(arch::vocab - 1));
+        if (i < length) token(r * length + i) = t;
+        if (i > 0) target(r * length + i - 1) = t;
       }
-    memory::upload(policy, token.as_view(), token_.as_view());
-    memory::upload(policy, target.as_view(), target_.as_view());
+    memory::upload(policy, token.as_view(), token_.slice(0, rows * length));
+    memory::upload(policy, target.as_view(), target_.slice(0, rows * length));
   }
 
   void update(P const& policy, step_report const& report) {
@@ -280,6 +296,7 @@ class trainer {
   tensor<S, A, dyn> losses_;
   tensor<S, A, dyn> norm_;
   arena<S> workspace_;
+  recording<P> recorded_;  // the whole optimizer step
   std::int64_t step_ = 0;
 };
 
