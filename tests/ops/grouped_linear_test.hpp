@@ -252,44 +252,45 @@ TEST_CASE("grouped_linear: rows past the last group are not even read") {
 }
 
 TEST_CASE("grouped_linear: takes strided rows and leaves what lies between them") {
-  auto const p = problem::make<half>({2, 0, 30}, 19, 23, 3);
+  auto const p = problem::make<blackmamba::half>({2, 0, 30}, 19, 23, 3);
   auto const widened = [&](test::values const& v, std::int64_t columns) {
-    auto wide = test::rounded<half>(test::random_normal(p.rows() * 2 * columns, 9));
+    auto wide = test::rounded<blackmamba::half>(test::random_normal(p.rows() * 2 * columns, 9));
     for (std::int64_t r = 0; r < p.rows(); ++r)
       for (std::int64_t i = 0; i < columns; ++i) wide[at(r, 2 * columns, 5 + i)] = v[at(r, columns, i)];
     return wide;
   };
-  auto const weight = test::upload<half>(p.weight, p.groups(), p.outputs, p.width);
+  auto const weight = test::upload<blackmamba::half>(p.weight, p.groups(), p.outputs, p.width);
   auto const bias = test::upload<float>(p.bias, p.groups(), p.outputs);
   auto const offsets = test::upload<std::int64_t>(p.offsets(), p.groups() + 1);
-  auto const x = test::upload<half>(widened(p.x, p.width), p.rows(), 2 * p.width);
-  auto y = test::upload<half>(widened(before<half>(p.rows() * p.outputs), p.outputs), p.rows(), 2 * p.outputs);
+  auto const x = test::upload<blackmamba::half>(widened(p.x, p.width), p.rows(), 2 * p.width);
+  auto y = test::upload<blackmamba::half>(widened(before<blackmamba::half>(p.rows() * p.outputs), p.outputs), p.rows(),
+                                          2 * p.outputs);
   auto const x_part = x.columns(5, p.width);
   grouped_linear::forward(make_policy(), {.x = x_part, .weight = weight, .offsets = offsets, .bias = bias},
                           y.columns(5, p.outputs));
-  test::check_equal(test::download(y), widened(run<half>(p), p.outputs), "y and its surroundings");
+  test::check_equal(test::download(y), widened(run<blackmamba::half>(p), p.outputs), "y and its surroundings");
 
-  auto const held = held_before<half>(p);
-  auto const d_y = test::upload<half>(widened(p.d_y, p.outputs), p.rows(), 2 * p.outputs);
-  auto d_x = test::upload<half>(widened(held.d_x, p.width), p.rows(), 2 * p.width);
+  auto const held = held_before<blackmamba::half>(p);
+  auto const d_y = test::upload<blackmamba::half>(widened(p.d_y, p.outputs), p.rows(), 2 * p.outputs);
+  auto d_x = test::upload<blackmamba::half>(widened(held.d_x, p.width), p.rows(), 2 * p.width);
   auto d_weight = test::upload<float>(held.d_weight, p.groups(), p.outputs, p.width);
-  grouped_linear::backward<test_policy, half>(
+  grouped_linear::backward<test_policy, blackmamba::half>(
       make_policy(), {.x = x_part, .weight = weight, .offsets = offsets, .d_y = d_y.columns(5, p.outputs)},
       {.d_x = d_x.columns(5, p.width), .d_weight = d_weight});
-  auto const expected = run_backward<half>(p, held);
+  auto const expected = run_backward<blackmamba::half>(p, held);
   test::check_equal(test::download(d_x), widened(expected.d_x, p.width), "d_x and its surroundings");
   test::check_equal(test::download(d_weight), expected.d_weight, "d_weight");
 }
 
-TEST_CASE("grouped_linear: the same bits for any number of threads") {
-  if constexpr (requires(test_policy p) { p.threads; })
+TEST_CASE_TEMPLATE("grouped_linear: the same bits for any number of threads", P, test_policy) {
+  if constexpr (requires(P p) { p.threads; })
     for (counts const& count : {counts{0, 1, 7, 63, 64, 65, 8}, counts{0, 500, 0}}) {
       auto const p = problem::make<bfloat16>(count, 70, 150, 3);
       auto const held = held_before<bfloat16>(p);
       auto const y = run<bfloat16, float>(p);
       auto const d = run_backward<bfloat16>(p, held);
       for (int threads : {1, 2, 5}) {
-        test_policy policy = make_policy();
+        P policy = make_policy();
         policy.threads = threads;
         test::check_equal(run<bfloat16, float>(p, policy), y, "y");
         auto const again = run_backward<bfloat16>(p, held, policy);

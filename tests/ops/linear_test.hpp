@@ -241,15 +241,15 @@ TEST_CASE("linear: takes strided rows and leaves what lies between them") {
   }
 }
 
-TEST_CASE("linear: the same bits for any number of threads") {
-  if constexpr (requires(test_policy p) { p.threads; })
+TEST_CASE_TEMPLATE("linear: the same bits for any number of threads", P, test_policy) {
+  if constexpr (requires(P p) { p.threads; })
     for (shape s : {shape{1, 300, 700}, {7, 300, 700}, {2100, 50, 90}}) {
       auto const p = problem::make<bfloat16>(s);
       auto const before = initial<bfloat16>(p, update::overwrite);
       auto const y = run<bfloat16, float>(p);
       auto const d = run_backward<bfloat16>(p, before, update::overwrite);
       for (int threads : {1, 2, 5}) {
-        test_policy policy = make_policy();
+        P policy = make_policy();
         policy.threads = threads;
         test::check_equal(run<bfloat16, float>(p, policy), y, "y");
         auto const again = run_backward<bfloat16>(p, before, update::overwrite, policy);
@@ -265,7 +265,7 @@ TEST_CASE("linear: scratch is what scratch_bytes says, and what a dry run measur
     auto const p = problem::make<float>(s);
     auto const before = initial<float>(p, update::overwrite);
     auto const expected = run_backward<float>(p, before, update::overwrite);
-    arena<test::test_space> workspace(linear::scratch_bytes<float>(s.rows, s.width, s.outputs));
+    arena<test::test_space> workspace(linear::scratch_bytes<float, test::test_space>(s.rows, s.width, s.outputs));
     test_policy policy = make_policy();
     policy.workspace = &workspace;
     auto const actual = run_backward<float>(p, before, update::overwrite, policy);

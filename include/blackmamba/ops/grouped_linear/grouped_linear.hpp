@@ -84,3 +84,6 @@ struct grouped_linear {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/grouped_linear/grouped_linear_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/grouped_linear/grouped_linear_cuda.cuh>
+#endif
