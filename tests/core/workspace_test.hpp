@@ -100,3 +100,18 @@ TEST_CASE("workspace: arenas move") {
   c.release_to(0);
   CHECK(c.allocate<float>(4).data() == block.data());
 }
+TEST_CASE("workspace: an arena over memory of another owner leaves it there") {
+  test_arena owner(1024);
+  auto const memory = owner.allocate<char>(1024);
+  {
+    auto borrower = test_arena::borrowing(memory.data(), 512);
+    CHECK(static_cast<void*>(borrower.allocate<float>(4).data()) == static_cast<void*>(memory.data()));
+    CHECK(borrower.capacity() == 512);
+    CHECK_THROWS_AS(borrower.allocate<char>(512), workspace_error);
+    auto const moved = std::move(borrower);
+    CHECK(moved.capacity() == 512);
+  }
+  auto const zero = test::upload<char>(test::values(1024), 1024);
+  memory::copy(make_policy(), zero.as_view(), memory);  // the memory is still the owner's
+  CHECK(test::download(memory)[0] == 0);
+}

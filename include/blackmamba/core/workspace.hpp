@@ -26,21 +26,31 @@ class arena {
       : memory_(static_cast<std::byte*>(memory_resource<Space>::allocate(std::max<std::size_t>(bytes, 1)))),
         capacity_(bytes) {}
   static arena measuring() { return arena(); }
+  /// Over memory of another owner, which outlives the arena: aligned to 256 bytes, in this space.
+  static arena borrowing(void* memory, std::size_t bytes) {
+    arena a;
+    a.memory_ = static_cast<std::byte*>(memory);
+    a.capacity_ = bytes;
+    a.borrowed_ = true;
+    return a;
+  }
 
   arena(arena&& other) noexcept
       : memory_(std::exchange(other.memory_, nullptr)),
+        borrowed_(std::exchange(other.borrowed_, false)),
         capacity_(std::exchange(other.capacity_, 0)),
         used_(std::exchange(other.used_, 0)),
         peak_(std::exchange(other.peak_, 0)) {}
   arena& operator=(arena&& other) noexcept {
     std::swap(memory_, other.memory_);
+    std::swap(borrowed_, other.borrowed_);
     std::swap(capacity_, other.capacity_);
     std::swap(used_, other.used_);
     std::swap(peak_, other.peak_);
     return *this;
   }
   ~arena() {
-    if (memory_) memory_resource<Space>::deallocate(memory_);
+    if (memory_ && !borrowed_) memory_resource<Space>::deallocate(memory_);
   }
 
   /// A contiguous block of the given shape. Throws workspace_error that names the bytes asked for and the size.
@@ -73,6 +83,7 @@ class arena {
   arena() = default;
 
   std::byte* memory_ = nullptr;
+  bool borrowed_ = false;
   std::size_t capacity_ = 0;
   std::size_t used_ = 0;
   std::size_t peak_ = 0;
