@@ -134,9 +134,9 @@ TEST_CASE_TEMPLATE("gemm: equals its definition at every edge of its tiles", T, 
             check_product<T>(ta, tb, m, n, k, (m + n + k) % 3, n % 2 ? update::accumulate : update::overwrite,
                              k % 2 == 0);
       for (std::int64_t m : {63, 64, 65, 127, 128, 129})
-        for (std::int64_t n : {95, 96, 97, 239, 240, 241})
+        for (std::int64_t n : {95, 96, 97, 127, 128, 129, 240, 257})
           check_product<T>(ta, tb, m, n, 20, 5, update::overwrite, true);
-      for (std::int64_t k : {191, 192, 193, 383, 384, 385, 769, 2000})  // blocks of the depth
+      for (std::int64_t k : {127, 128, 129, 255, 256, 257, 385, 769, 2000})  // blocks of the depth
         for (std::int64_t m : {5, 21})
           for (auto mode : {update::overwrite, update::accumulate})
             check_product<T>(ta, tb, m, 50, k, 1, mode, k % 2 == 0);
@@ -215,19 +215,23 @@ TEST_CASE("gemm: the same bits for any number of threads") {
 }
 
 TEST_CASE("gemm: a row of more than eight has the same bits in any company") {
-  problem<float, float, float> all(transpose::no, transpose::yes, 300, 333, 450, 0, update::overwrite, true);
-  cpu::gemm(0, all.product());
-  for (std::int64_t first : {0, 1, 130})
-    for (std::int64_t rows : {9, 64, 170}) {
-      matrix<float> c(rows, 333, 0);
-      auto part = all.product();
-      part.m = rows;
-      part.a += first * part.lda;
-      part.c = c.memory.data();
-      cpu::gemm(0, part);
-      for (std::int64_t i = 0; i < rows; ++i)
-        for (std::int64_t j = 0; j < 333; ++j) REQUIRE(c(i, j) == all.c(first + i, j));
-    }
+  for (auto ta : {transpose::no, transpose::yes})
+    for (std::int64_t n : {2, 7, 42, 333})
+      for (std::int64_t k : {3, 30, 450}) {
+        problem<float, float, float> all(ta, transpose::yes, 300, n, k, 0, update::overwrite, true);
+        cpu::gemm(0, all.product());
+        for (std::int64_t first : {0, 1, 130})
+          for (std::int64_t rows : {9, 64, 170}) {
+            matrix<float> c(rows, n, 0);
+            auto part = all.product();
+            part.m = rows;
+            part.a += first * (ta == transpose::yes ? 1 : part.lda);
+            part.c = c.memory.data();
+            cpu::gemm(0, part);
+            for (std::int64_t i = 0; i < rows; ++i)
+              for (std::int64_t j = 0; j < n; ++j) REQUIRE(c(i, j) == all.c(first + i, j));
+          }
+      }
 }
 
 TEST_CASE("gemm_deep: equals its definition in any number of parts, and does not depend on the threads") {

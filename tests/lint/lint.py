@@ -25,7 +25,7 @@ BELOW = {
 }
 MACRO_FILES = {"core/config.hpp", "version.hpp"}
 # Macros that configure a third-party header, where it is included.
-FOREIGN_MACROS = {("core/cpu/gemm.hpp", "EIGEN_NO_CUDA")}
+FOREIGN_MACROS = {("core/cpu/gemm_eigen.hpp", "EIGEN_NO_CUDA")}
 
 
 def rule(function):

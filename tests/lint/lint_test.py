@@ -11,7 +11,7 @@ CLEAN = {
                                          "#include <blackmamba/ops/norm/norm.hpp>\n",
     "include/blackmamba/version.hpp": "#pragma once\n#define BLACKMAMBA_VERSION_MAJOR 0\n",
     "include/blackmamba/core/config.hpp": "#pragma once\n#define BLACKMAMBA_HD\n",
-    "include/blackmamba/core/cpu/gemm.hpp": "#pragma once\n#include <Eigen/Core>\n",
+    "include/blackmamba/core/cpu/gemm_eigen.hpp": "#pragma once\n#include <Eigen/Core>\n",
     "include/blackmamba/ops/norm/norm.hpp": "#pragma once\n#include <blackmamba/core/config.hpp>\n"
                                             "// a comment may say: using namespace, <<<, TO" "DO it may not\n"
                                             "#include <blackmamba/ops/norm/norm_cpu.hpp>\n",
@@ -63,7 +63,7 @@ BROKEN = [
     ("nothing_unfinished", "include/blackmamba/nn/block.hpp", "// TO" "DO\n"),
 ]
 ALLOWED = [
-    ("include/blackmamba/core/cpu/gemm.hpp", "#define EIGEN_NO_CUDA\n"),
+    ("include/blackmamba/core/cpu/gemm_eigen.hpp", "#define EIGEN_NO_CUDA\n"),
     ("include/blackmamba/ops/norm/norm_cuda.cuh", "#pragma once\n#include <cub/block/block_scan.cuh>\n"),
     ("include/blackmamba/core/cuda/launch.cuh", "#pragma once\n#if 1\nvoid f(cudaStream_t);\n#endif\n"),
     ("include/blackmamba/ops/norm/norm.hpp", "using t = ::cuda::std::true_type;\n"),

@@ -1,8 +1,9 @@
 #pragma once
 #include <blackmamba/core/config.hpp>
-#include <blackmamba/core/cpu/gemm_kernel.hpp>
+#include <blackmamba/core/cpu/gemm_eigen.hpp>
 #include <blackmamba/core/cpu/matvec.hpp>
 #include <blackmamba/core/cpu/parallel_for.hpp>
+#include <blackmamba/core/cpu/simd.hpp>
 #include <blackmamba/core/memory.hpp>
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/policy.hpp>
@@ -12,7 +13,8 @@
 #include <cstdint>
 #include <type_traits>
 
-/// Dense products on the host.
+/// Dense products on the host, over Eigen: here they are cut into tasks, 16-bit operands are widened, results rounded.
+/// Products of a few rows, as decoding has them, read their weights in the storage type (matvec.hpp).
 namespace blackmamba::cpu {
 
 /// Whether an operand is used as stored or transposed; operands are row-major with a row stride.
@@ -36,12 +38,17 @@ struct product {
 
 namespace detail {
 
-/// How a product is cut: tiles of C, each the work of one thread, and blocks of the depth, whose packed operands stay
-/// in the second-level cache. Depends on the shape alone, so that results do not depend on the number of threads.
+/// How a product is cut: tiles of C, each the work of one thread, and blocks of the depth. Depends on the shape alone,
+/// so that results do not depend on the number of threads. What Eigen packs of a tile's operands it has on the stack;
+/// twice the rows and columns would be 5% faster, and allocate for each tile.
 struct tiling {
-  static constexpr std::int64_t most_rows = 128, most_cols = 240;
+  static constexpr std::int64_t most_rows = 128, most_cols = 128;
   /// Deepest block of a depth of elements of this size.
-  static constexpr std::int64_t most_depth(std::size_t element) { return 1536 / static_cast<std::int64_t>(element); }
+  static constexpr std::int64_t most_depth(std::size_t element) {
+    return static_cast<std::int64_t>(gemm_packed_bytes / element) / most_rows;
+  }
+  /// Rows of a tile are a multiple of this, as Eigen takes them: no row is summed in an order of its own.
+  static constexpr std::int64_t row_multiple = 4;
 
   std::int64_t rows = most_rows, cols = most_cols, depth = 0;
   std::int64_t down = 0, across = 0, blocks = 1;
@@ -49,35 +56,32 @@ struct tiling {
   /// @param siblings  how many products of about this shape run together
   tiling(std::int64_t m, std::int64_t n, std::int64_t k, std::size_t element, std::int64_t siblings) {
     // 16 tiles share well among a few threads; smaller ones pay more for packing.
-    constexpr std::int64_t enough = 16, least_rows = 32, least_cols = 96;
+    constexpr std::int64_t enough = 16, least_rows = 32;
     auto const cut = [](std::int64_t extent, std::int64_t most, std::int64_t multiple) {
       std::int64_t const parts = std::max<std::int64_t>(1, (extent + most - 1) / most);
       return ((extent + parts - 1) / parts + multiple - 1) / multiple * multiple;
     };
+    // The columns of a tile depend on n alone, the rows on what is left to share.
+    cols = cut(n, cols, 16);
+    across = (n + cols - 1) / cols;
     auto const fit = [&] {
-      rows = cut(m, rows, register_rows);
-      cols = cut(n, cols, 48);
+      rows = cut(m, rows, row_multiple);
       down = (m + rows - 1) / rows;
-      across = (n + cols - 1) / cols;
     };
-    for (fit(); down * across * siblings < enough && (rows > least_rows || cols > least_cols); fit())
-      (rows > least_rows && (rows >= cols || cols <= least_cols) ? rows : cols) /= 2;
+    for (fit(); down * across * siblings < enough && rows > least_rows; fit()) rows /= 2;
     depth = cut(k, most_depth(element), 16);
     if (depth > 0) blocks = (k + depth - 1) / depth;
   }
 };
 
-/// One thread's packed operands, and a tile of C where C is narrower than the arithmetic.
+/// One thread's copies of operands that Eigen cannot take as they are, and a tile of C where it is not C itself.
 template <class A>
 class gemm_buffers {
-  static constexpr std::int64_t left_size = tiling::most_rows * (tiling::most_depth(sizeof(A)) + 16);
-  static constexpr std::int64_t right_size = tiling::most_cols * tiling::most_depth(sizeof(A));
+  static constexpr std::int64_t operand_size = static_cast<std::int64_t>(gemm_packed_bytes / sizeof(A));
 
  public:
   /// Elements from left() on, where all of it serves as one buffer.
-  static constexpr std::int64_t size = left_size + right_size + tiling::most_rows * tiling::most_cols;
-  /// Between packed rows of the left operand: no power of two, so that rows don't meet in the same lines of the cache.
-  static constexpr std::int64_t left_stride = left_size / tiling::most_rows;
+  static constexpr std::int64_t size = 2 * operand_size + tiling::most_rows * tiling::most_cols;
 
   gemm_buffers(gemm_buffers const&) = delete;
   gemm_buffers& operator=(gemm_buffers const&) = delete;
@@ -88,8 +92,8 @@ class gemm_buffers {
   }
 
   A* left() const { return memory_; }
-  A* right() const { return memory_ + left_size; }
-  A* tile() const { return memory_ + left_size + right_size; }
+  A* right() const { return memory_ + operand_size; }
+  A* tile() const { return memory_ + 2 * operand_size; }
 
  private:
   gemm_buffers()
@@ -99,19 +103,63 @@ class gemm_buffers {
   A* memory_;
 };
 
+/// Copies n values, widened.
+template <class A, class T>
+BLACKMAMBA_INLINE void copy_widened(T const* from, std::int64_t n, A* to) {
+  using V = simd::pack<A>;
+  std::int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) V::load(from + i).store(to + i);
+  for (; i < n; ++i) to[i] = convert<A>(from[i]);
+}
+
+/// Copies a block (rows, cols) of an operand, widened, and fills it up with zeros to (all_rows, all_cols), contiguous.
+template <class A, class T>
+void copy_block(T const* from, std::int64_t stride, std::int64_t rows, std::int64_t cols, A* to, std::int64_t all_rows,
+                std::int64_t all_cols) {
+  for (std::int64_t i = 0; i < rows; ++i, to += all_cols) {
+    copy_widened(from + i * stride, cols, to);
+    std::fill(to + cols, to + all_cols, A(0));
+  }
+  std::fill_n(to, (all_rows - rows) * all_cols, A(0));
+}
+
+/// C (rows, cols) = bias, or 0 where there is none.
+template <class A>
+void fill_rows(std::int64_t rows, std::int64_t cols, A const* bias, A* c, std::int64_t stride) {
+  for (std::int64_t i = 0; i < rows; ++i, c += stride)
+    if (bias)
+      std::copy_n(bias, cols, c);
+    else
+      std::fill_n(c, cols, A(0));
+}
+
+/// c (rows, cols) = sums, or c += sums; rounded to the type of c.
+template <class A, class T>
+void store_tile(A const* sums, std::int64_t sums_stride, std::int64_t rows, std::int64_t cols, T* c,
+                std::int64_t stride, bool add) {
+  using V = simd::pack<A>;
+  for (std::int64_t i = 0; i < rows; ++i, sums += sums_stride, c += stride) {
+    std::int64_t j = 0;
+    for (; j + V::lanes <= cols; j += V::lanes) {
+      V const s = V::load(sums + j);
+      (add ? V::load(c + j) + s : s).store(c + j);
+    }
+    for (; j < cols; ++j) c[j] = convert<T>(add ? convert<A>(c[j]) + sums[j] : sums[j]);
+  }
+}
+
 /// Computes tiles of products on one thread.
 template <class TA, class TB, class TC>
 class tile_worker {
   using A = accum_t<TC>;
   using buffers = gemm_buffers<A>;
-  static constexpr std::int64_t width = simd::pack<A>::lanes;
 
  public:
   explicit tile_worker(product<TA, TB, TC> const&) {}  // names the types
 
   /// To be called before the tiles of another product.
   void forget() {
-    left_ = nullptr;
+    widened_rows_ = nullptr;
     right_ = nullptr;
   }
   /// Whether this is a product of few rows with a transposed B, which matvec computes: widened rows of A fit the
@@ -122,133 +170,84 @@ class tile_worker {
   }
   /// Columns [j, j + cols) of such a product.
   void run_matvec(product<TA, TB, TC> const& x, std::int64_t j, std::int64_t cols) {
+    std::int64_t stride = x.lda;
     if constexpr (std::is_same_v<A, TA>) {
-      left_ = x.a;
-      left_stride_ = x.lda;
-    } else if (!left_) {
-      left_ = buffers_.left();
-      left_stride_ = x.k;
-      pack_left_rows(x.a, x.lda, x.m, x.k, buffers_.left(), x.k);
+      widened_rows_ = x.a;
+    } else {
+      stride = x.k;
+      if (!widened_rows_) copy_block(x.a, x.lda, x.m, x.k, buffers_.left(), x.m, x.k);
+      widened_rows_ = buffers_.left();
     }
-    matvec(x.m, cols, x.k, left_, left_stride_, x.b + j * x.ldb, x.ldb, x.c + j, x.ldc, x.bias ? x.bias + j : nullptr);
+    matvec(x.m, cols, x.k, widened_rows_, stride, x.b + j * x.ldb, x.ldb, x.c + j, x.ldc,
+           x.bias ? x.bias + j : nullptr);
   }
-  /// The index-th tile; tiles that share columns of B follow each other, so that packed columns serve several.
+  /// The index-th tile; tiles that share columns of B follow each other, so that widened columns serve several.
   void run(product<TA, TB, TC> const& x, tiling const& t, std::int64_t index) {
     std::int64_t const i = index % t.down * t.rows, j = index / t.down * t.cols;
     std::int64_t const rows = std::min(t.rows, x.m - i), cols = std::min(t.cols, x.n - j);
-    // Where C is narrower than the arithmetic, sums over several blocks are kept apart until they are complete.
-    bool const direct = std::is_same_v<A, TC> || t.blocks == 1;
+    // Few rows are filled up, so that every row is summed alike: Eigen computes what has less than 20 rows, columns
+    // and depth together in another way.
+    std::int64_t const last_depth = x.k - (t.blocks - 1) * t.depth;
+    std::int64_t const least = std::max(rows, std::int64_t{20} - cols - last_depth);
+    std::int64_t const all_rows = (least + tiling::row_multiple - 1) / tiling::row_multiple * tiling::row_multiple;
+    TC* const c = x.c + i * x.ldc + j;
+    A const* const bias = x.bias ? x.bias + j : nullptr;
+    bool const add = x.mode == update::accumulate;
+
+    A* sums = buffers_.tile();
+    std::int64_t stride = cols;
+    bool direct = false;
+    if constexpr (std::is_same_v<A, TC>)
+      if (all_rows == rows && !(add && bias)) {
+        sums = c;
+        stride = x.ldc;
+        direct = true;
+      }
+    if (!direct || !add) fill_rows(all_rows, cols, bias, sums, stride);
     for (std::int64_t block = 0; block < t.blocks; ++block) {
       std::int64_t const p = block * t.depth, depth = std::min(t.depth, x.k - p);
-      A const* const bias = block == 0 && x.bias ? x.bias + j : nullptr;
-      select_left(x, i, p, rows, depth);
-      select_right(x, j, p);
-      if (direct)
-        multiply(x, rows, cols, depth, bias, x.c + i * x.ldc + j, x.ldc, block > 0 || x.mode == update::accumulate);
-      else
-        multiply(x, rows, cols, depth, bias, buffers_.tile(), tiling::most_cols, block > 0);
+      std::int64_t lda = x.lda, ldb = x.ldb;
+      A const* const a = left(x, i, p, rows, all_rows, depth, lda);
+      A const* const b = right(x, j, p, cols, depth, ldb);
+      eigen_multiply(x.ta == transpose::yes, x.tb == transpose::yes, all_rows, cols, depth, a, lda, b, ldb, sums,
+                     stride);
     }
-    if (!direct)
-      store_tile(buffers_.tile(), tiling::most_cols, rows, cols, x.c + i * x.ldc + j, x.ldc,
-                 x.mode == update::accumulate);
+    if (!direct) store_tile(sums, stride, rows, cols, c, x.ldc, add);
   }
 
  private:
-  /// Points left_ at rows [i, i + rows), depth [p, p + depth) of op(A): in place where the memory suits the register
-  /// tile.
-  void select_left(product<TA, TB, TC> const& x, std::int64_t i, std::int64_t p, std::int64_t rows,
-                   std::int64_t depth) {
-    left_ = buffers_.left();
-    left_stride_ = buffers_.left_stride;
-    if (x.ta == transpose::yes) {
-      pack_left_interleaved(x.a + p * x.lda + i, x.lda, rows, depth, buffers_.left());
-    } else if constexpr (std::is_same_v<A, TA>) {
-      left_ = x.a + i * x.lda + p;
-      left_stride_ = x.lda;
-    } else {
-      pack_left_rows(x.a + i * x.lda + p, x.lda, rows, depth, buffers_.left(), left_stride_);
-    }
+  /// Rows [i, i + rows), depth [p, p + depth) of op(A), stored as A is: in place, or copied and filled up.
+  A const* left(product<TA, TB, TC> const& x, std::int64_t i, std::int64_t p, std::int64_t rows, std::int64_t all_rows,
+                std::int64_t depth, std::int64_t& lda) {
+    TA const* const a = x.ta == transpose::yes ? x.a + p * x.lda + i : x.a + i * x.lda + p;
+    if constexpr (std::is_same_v<A, TA>)
+      if (all_rows == rows) return a;
+    if (x.ta == transpose::yes)
+      copy_block(a, x.lda, depth, rows, buffers_.left(), depth, all_rows);
+    else
+      copy_block(a, x.lda, rows, depth, buffers_.left(), all_rows, depth);
+    lda = x.ta == transpose::yes ? all_rows : depth;
+    return buffers_.left();
   }
-  /// Sets right_ to op(B) from (p, j) on; it is packed where it is first used.
-  void select_right(product<TA, TB, TC> const& x, std::int64_t j, std::int64_t p) {
+  /// Depth [p, p + depth), columns [j, j + cols) of op(B), stored as B is: in place, or widened.
+  A const* right(product<TA, TB, TC> const& x, std::int64_t j, std::int64_t p, std::int64_t cols, std::int64_t depth,
+                 std::int64_t& ldb) {
     TB const* const b = x.tb == transpose::yes ? x.b + j * x.ldb + p : x.b + p * x.ldb + j;
-    if (b == right_) return;
-    right_ = b;
-    right_packed_ = 0;
-  }
-
-  template <class T>
-  void multiply(product<TA, TB, TC> const& x, std::int64_t rows, std::int64_t cols, std::int64_t depth, A const* bias,
-                T* out, std::int64_t out_stride, bool add) {
-    // Panels of three packs; four packs are two and two.
-    for (std::int64_t j = 0; j < cols;) {
-      std::int64_t const packs = (cols - j + width - 1) / width;
-      A const* const b = bias ? bias + j : nullptr;
-      if (packs >= 3 && packs != 4) {
-        panel<3>(x, j, rows, std::min(cols - j, 3 * width), depth, b, out + j, out_stride, add);
-        j += 3 * width;
-      } else if (packs >= 2) {
-        panel<2>(x, j, rows, std::min(cols - j, 2 * width), depth, b, out + j, out_stride, add);
-        j += 2 * width;
-      } else {
-        panel<1>(x, j, rows, std::min(cols - j, width), depth, b, out + j, out_stride, add);
-        j += width;
-      }
-    }
-  }
-
-  template <int Packs, class T>
-  void panel(product<TA, TB, TC> const& x, std::int64_t j, std::int64_t rows, std::int64_t cols, std::int64_t depth,
-             A const* bias, T* out, std::int64_t out_stride, bool add) {
-    constexpr std::int64_t full = Packs * width;
-    A const* right = buffers_.right() + j * depth;
-    std::int64_t right_stride = full;
-    bool in_place = false;
-    if constexpr (std::is_same_v<A, TB>)
-      if (x.tb == transpose::no && rows <= register_rows && cols == full) {  // read once: packing would not pay
-        right = right_ + j;
-        right_stride = x.ldb;
-        in_place = true;
-      }
-    if (!in_place && j >= right_packed_) {
-      A* const to = buffers_.right() + j * depth;
-      if (x.tb == transpose::yes)
-        pack_right_transposed(right_ + j * x.ldb, x.ldb, cols, depth, to, full);
-      else
-        pack_right_rows(right_ + j, x.ldb, cols, depth, to, full);
-      right_packed_ = j + full;
-    }
-    A initial[std::size_t{full}], tile[std::size_t{register_rows * full}];
-    if (bias && cols < full) {
-      std::copy_n(bias, cols, initial);
-      std::fill(initial + cols, initial + full, A(0));
-      bias = initial;
-    }
-    for (std::int64_t i = 0; i < rows; i += register_rows) {
-      int const strip = static_cast<int>(std::min<std::int64_t>(register_rows, rows - i));
-      auto const into = [&](A* target, std::int64_t stride, bool sum) {
-        if (x.ta == transpose::yes)
-          register_tile<A, Packs, left_order::interleaved>(depth, left_ + i * depth, 1, strip, right, right_stride,
-                                                           bias, target, stride, sum);
-        else
-          register_tile<A, Packs, left_order::rows>(depth, left_ + i * left_stride_, left_stride_, strip, right,
-                                                    right_stride, bias, target, stride, sum);
-      };
-      if constexpr (std::is_same_v<A, T>)
-        if (cols == full) {
-          into(out + i * out_stride, out_stride, add);
-          continue;
-        }
-      into(tile, full, false);
-      store_tile(tile, full, strip, cols, out + i * out_stride, out_stride, add);
+    if constexpr (std::is_same_v<A, TB>) {
+      return b;
+    } else {
+      std::int64_t const rows = x.tb == transpose::yes ? cols : depth;
+      std::int64_t const width = x.tb == transpose::yes ? depth : cols;
+      if (b != right_) copy_block(b, x.ldb, rows, width, buffers_.right(), rows, width);
+      right_ = b;
+      ldb = width;
+      return buffers_.right();
     }
   }
 
   buffers& buffers_ = buffers::mine();
-  A const* left_ = nullptr;
-  std::int64_t left_stride_ = 0;
-  TB const* right_ = nullptr;      // the part of op(B) that the right buffer holds
-  std::int64_t right_packed_ = 0;  // and how many of its columns
+  A const* widened_rows_ = nullptr;  // of matvec
+  TB const* right_ = nullptr;        // the block of op(B) that the right buffer holds
 };
 
 /// Outputs of one task of matvec: at least 64 KiB of weights, at most 64 tasks.
@@ -263,8 +262,12 @@ std::int64_t matvec_outputs(product<TA, TB, TC> const& x) {
 /// The products of(0), ..., of(count - 1), each a product<...>; none may overlap what another one writes.
 ///
 /// Arithmetic in float (double where C is double); 16-bit operands are widened tile by tile. An element of C is summed
-/// in an order that depends on k alone; a product of at most eight rows with a transposed B, as decoding has it, sums
-/// in an order of its own. Results do not depend on the number of threads.
+/// in an order that n, k and its column decide (n > 1), whatever other rows there are; a product of at most eight rows
+/// with a transposed B, as decoding has it, sums in an order of its own. Results do not depend on the number of
+/// threads. Allocates nothing but buffers of 320 KiB for each thread, once.
+///
+/// In a program compiled with OpenMP, Eigen starts threads of its own in each of ours, unless EIGEN_DONT_PARALLELIZE is
+/// defined.
 template <class Of>
 void gemm_groups(int threads, std::int64_t count, Of const& of) {
   using worker_type = decltype(detail::tile_worker(of(0)));

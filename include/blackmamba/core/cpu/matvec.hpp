@@ -1,12 +1,13 @@
 #pragma once
 #include <blackmamba/core/config.hpp>
-#include <blackmamba/core/cpu/gemm_kernel.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
+#include <blackmamba/core/cpu/simd_lanes.hpp>
 #include <blackmamba/core/numeric.hpp>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 /// Products of a few rows with a whole weight matrix, as decoding has them: bound by reading the weights, which are
 /// therefore read once, in order, and widened in registers. Summation: each lane of a pack over the depth, then the
@@ -15,6 +16,33 @@ namespace blackmamba::cpu::detail {
 
 /// Most rows that matvec takes.
 inline constexpr int matvec_rows = 8;
+
+/// Calls body(integral_constant<int, 0>), ..., (N - 1): a loop whose indices are constants, so that what they index can
+/// live in registers.
+template <int N, int First = 0, class Body>
+BLACKMAMBA_INLINE void unrolled(Body const& body) {
+  if constexpr (First < N) {
+    body(std::integral_constant<int, First>{});
+    unrolled<N, First + 1>(body);
+  }
+}
+
+template <int N, int Distance>
+struct even_blocks {
+  static constexpr int at(int i) { return (i & Distance) ? N + i - Distance : i; }
+};
+template <int N, int Distance>
+struct odd_blocks {
+  static constexpr int at(int i) { return (i & Distance) ? N + i : i + Distance; }
+};
+/// Exchanges blocks of Distance lanes between two packs: a keeps its blocks of even index and gets b's, b keeps those
+/// of odd index and gets a's.
+template <int Distance, class A, int N>
+BLACKMAMBA_INLINE void exchange_blocks(simd::pack<A, N>& a, simd::pack<A, N>& b) {
+  auto const even = simd::detail::shuffle<even_blocks<N, Distance>>(a, b);
+  b = simd::detail::shuffle<odd_blocks<N, Distance>>(a, b);
+  a = even;
+}
 
 /// Folds x to N lanes: the sums of the lanes whose indices are equal modulo N.
 template <int N, class A, int Lanes>
@@ -97,7 +125,11 @@ template <class A, class T, class Y>
 void matvec(std::int64_t rows, std::int64_t outputs, std::int64_t depth, A const* x, std::int64_t x_stride,
             T const* weight, std::int64_t weight_stride, Y* y, std::int64_t y_stride, A const* bias) {
   constexpr bool narrow = sizeof(T) < sizeof(A);
-  constexpr int block = register_rows;
+#if defined(__AVX512F__) || defined(__aarch64__)
+  constexpr int block = 8;  // outputs at a time: 32 registers hold them for four rows, halved
+#else
+  constexpr int block = 4;
+#endif
   auto const blocks = [&](std::int64_t size, auto const& run) {
     for (std::int64_t o = 0; o < outputs; o += size)
       run(static_cast<int>(std::min(size, outputs - o)), weight + o * weight_stride, y + o, bias ? bias + o : nullptr);
