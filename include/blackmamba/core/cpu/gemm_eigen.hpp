@@ -17,7 +17,9 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+#if !defined(__CUDA_ARCH__)  // nvcc's pass over the device's code need not read it
 #include <Eigen/Core>
+#endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
@@ -35,7 +37,11 @@ inline constexpr std::size_t gemm_packed_bytes = 128 * 1024;
 /// double.
 template <class A>
 void eigen_multiply(bool transpose_a, bool transpose_b, std::int64_t rows, std::int64_t cols, std::int64_t depth,
-                    A const* a, std::int64_t lda, A const* b, std::int64_t ldb, A* c, std::int64_t ldc) {
+                    A const* a, std::int64_t lda, A const* b, std::int64_t ldb, A* c, std::int64_t ldc)
+#if defined(__CUDA_ARCH__)
+    ;
+#else
+{
   using matrix = Eigen::Matrix<A, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   using stride = Eigen::OuterStride<>;
   using operand = Eigen::Map<matrix const, Eigen::Unaligned, stride>;
@@ -51,5 +57,6 @@ void eigen_multiply(bool transpose_a, bool transpose_b, std::int64_t rows, std::
   else
     target.noalias() += left * right;
 }
+#endif
 
 }  // namespace blackmamba::cpu::detail
