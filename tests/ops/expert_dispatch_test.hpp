@@ -1,4 +1,5 @@
 #include "support/support.hpp"
+#include "support/thread_counts.hpp"
 
 #include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
 
@@ -252,22 +253,33 @@ TEST_CASE_TEMPLATE("expert_dispatch: gradients in every type stay within roundin
                     test::tolerance<T>(k), "d_x");
 }
 
-TEST_CASE("expert_dispatch: the same bits for any number of threads") {
+TEST_CASE("expert_dispatch: the same bits in every run, for any number of threads") {
   std::int64_t const tokens = 20000, k = 2, width = 9;
   auto const expert = random_experts(tokens, k, 8, 1, 5);
   auto const rows = test::random_normal(tokens * k * width, 1), gate = test::random_normal(tokens * k, 2);
   auto const one = plan(expert, k, 8, 4500);
+  check_plan(one, expert, 8, 4500);
   auto const y = run_combine<float>(one, rows, gate, tokens, k, width);
-  if constexpr (requires(test_policy policy) { policy.threads; })
-    for (int threads : {1, 2, 5}) {
-      test_policy policy = make_policy();
-      policy.threads = threads;
-      auto const again = plan(expert, k, 8, 4500, policy);
-      test::check_equal(again.offset_values, one.offset_values, "offsets");
-      test::check_equal(again.source_values, one.source_values, "source");
-      test::check_equal(again.row_values, one.row_values, "row");
-      test::check_equal(run_combine<float>(again, rows, gate, tokens, k, width, policy), y, "y");
+  test::each_thread_count({1, 2, 5}, [&](test_policy policy) {
+    auto const again = plan(expert, k, 8, 4500, policy);
+    test::check_equal(again.offset_values, one.offset_values, "offsets");
+    test::check_equal(again.source_values, one.source_values, "source");
+    test::check_equal(again.row_values, one.row_values, "row");
+    test::check_equal(run_combine<float>(again, rows, gate, tokens, k, width, policy), y, "y");
+  });
+}
+
+TEST_CASE("expert_dispatch: many slots, more experts than a warp has lanes, and an expert that takes half") {
+  std::int64_t const slots = 700001;
+  for (std::int64_t experts : {8, 64, 300}) {
+    test::values expert(at(slots));
+    for (std::int64_t s = 0; s < slots; ++s) {
+      auto const i = static_cast<std::uint64_t>(s);
+      expert[at(s)] = static_cast<double>(s % 2 == 0 ? 3 : test::random_integer(1, i, -1, experts - 1));
     }
+    check_plan(plan(expert, 1, experts), expert, experts);
+    check_plan(plan(expert, 1, experts, slots / experts), expert, experts, slots / experts);
+  }
 }
 
 TEST_CASE("expert_dispatch: takes strided tokens and experts") {

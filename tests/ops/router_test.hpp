@@ -1,4 +1,5 @@
 #include "support/support.hpp"
+#include "support/thread_counts.hpp"
 
 #include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
 #include <blackmamba/ops/router/load_bias.hpp>
@@ -229,21 +230,18 @@ TEST_CASE("router: softmax gates over the selected sum to one; a row's result do
   }
 }
 
-TEST_CASE("router: the same bits for any number of threads") {
+TEST_CASE("router: the same bits in every run, for any number of threads") {
   router::options const softmax{.gate = gate_function::softmax};
   problem const p{5000, 8, 2, test::random_normal(40000, 1), test::random_normal(8, 2), softmax};
   auto const one = run<float>(p);
   auto const d_gate = test::random_normal(10000, 3);
   auto const d = run_backward<float>(p, one.expert, d_gate);
-  if constexpr (requires(test_policy policy) { policy.threads; })
-    for (int threads : {1, 2, 5}) {
-      test_policy policy = make_policy();
-      policy.threads = threads;
-      auto const again = run<float>(p, policy);
-      test::check_equal(again.expert, one.expert, "expert");
-      test::check_equal(again.gate, one.gate, "gate");
-      test::check_equal(run_backward<float>(p, one.expert, d_gate, policy), d, "d_logits");
-    }
+  test::each_thread_count({1, 2, 5}, [&](test_policy policy) {
+    auto const again = run<float>(p, policy);
+    test::check_equal(again.expert, one.expert, "expert");
+    test::check_equal(again.gate, one.gate, "gate");
+    test::check_equal(run_backward<float>(p, one.expert, d_gate, policy), d, "d_logits");
+  });
 }
 
 TEST_CASE("router: takes strided logits and writes strided results") {
@@ -364,14 +362,11 @@ TEST_CASE("quantile_balance: balances counts within 8 rounds, whatever the sprea
       quantile_balance::forward(make_policy(), logits, g.as_view(), {.top_k = k});
       p.offset = test::download(g);
       CHECK(peak_load(run<float>(p).expert, experts) < 1.05);
-      if constexpr (requires(test_policy policy) { policy.threads; })
-        for (int threads : {1, 5}) {
-          test_policy policy = make_policy();
-          policy.threads = threads;
-          auto again = zeros<float>(policy, experts);
-          quantile_balance::forward(policy, logits, again.as_view(), {.top_k = k});
-          test::check_equal(test::download(again), p.offset, "offset");
-        }
+      test::each_thread_count({1, 5}, [&](test_policy policy) {
+        auto again = zeros<float>(policy, experts);
+        quantile_balance::forward(policy, logits, again.as_view(), {.top_k = k});
+        test::check_equal(test::download(again), p.offset, "offset");
+      });
     }
   auto g = test::upload<float>({std::nan(""), 0}, 2);
   quantile_balance::forward(make_policy(), test::upload<float>({1, 0, 2, 0, 3, 0, 4, 0}, 4, 2), g.as_view());

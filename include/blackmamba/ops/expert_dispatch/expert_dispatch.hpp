@@ -25,7 +25,7 @@ struct expert_dispatch {
   /// @param capacity  0: dropless. Else at most this many rows for an expert: the first slots in order stay, the
   /// others
   ///                  are dropped, and the rows of an expert still follow the previous expert's without a gap.
-  /// On the cpu an expert that is neither -1 nor in [0, E) is a value_error.
+  /// On the cpu an expert that is neither -1 nor in [0, E) is a value_error; on a device it counts as none.
   /// scratch_bytes(M*k, E) of scratch.
   template <device_policy P>
   static void plan(P const& policy, in<P, std::int32_t, dyn, dyn> expert,
@@ -123,3 +123,6 @@ struct expert_dispatch {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/expert_dispatch/expert_dispatch_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/expert_dispatch/expert_dispatch_cuda.cuh>
+#endif

@@ -29,3 +29,6 @@ struct load_bias {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/router/load_bias_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/router/load_bias_cuda.cuh>
+#endif

@@ -40,19 +40,37 @@ struct quantile_balance {
     check_that(how.top_k >= 1 && how.top_k <= experts, "quantile_balance", "top_k", std::to_string(how.top_k),
                "1 to " + std::to_string(experts));
     check_that(how.rounds >= 0, "quantile_balance", "rounds", std::to_string(how.rounds), "0 or more");
-    scratch<P> memory(policy, scratch_bytes<A>(logits.extent(0), experts));
+    scratch<P> memory(policy, scratch_bytes<A, typename P::memory_space>(logits.extent(0), experts));
     auto wanted = memory.template allocate<A>(experts, logits.extent(0));
     auto threshold = memory.template allocate<A>(logits.extent(0));
-    backend_of<quantile_balance, P>::forward(policy, logits, offset, how, wanted, threshold);
+    if constexpr (counts_digits<typename P::memory_space>) {
+      auto counts = memory.template allocate<std::uint64_t>(digit_counts<A>(experts));
+      backend_of<quantile_balance, P>::forward(policy, logits, offset, how, wanted, threshold, counts);
+    } else {
+      backend_of<quantile_balance, P>::forward(policy, logits, offset, how, wanted, threshold);
+    }
   }
 
-  template <storage A>
+  template <storage A, class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t experts) {
-    return scratch_sum(sizeof(A) * static_cast<std::size_t>(rows * experts),
-                       sizeof(A) * static_cast<std::size_t>(rows));
+    return scratch_sum(
+        sizeof(A) * static_cast<std::size_t>(rows * experts), sizeof(A) * static_cast<std::size_t>(rows),
+        counts_digits<Space> ? sizeof(std::uint64_t) * static_cast<std::size_t>(digit_counts<A>(experts)) : 0);
+  }
+
+  /// Where quantiles are found by counting digits of 8 bits: two sets of a count for each value of each digit of each
+  /// expert, as pairs of 32 bits, and a key for each expert.
+  template <class Space>
+  static constexpr bool counts_digits = std::is_same_v<Space, space::device>;
+  template <storage A>
+  static constexpr std::int64_t digit_counts(std::int64_t experts) {
+    return 2 * experts * (static_cast<std::int64_t>(sizeof(A)) * 128 + 1);
   }
 };
 
 }  // namespace blackmamba
 
 #include <blackmamba/ops/router/quantile_balance_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/router/quantile_balance_cuda.cuh>
+#endif

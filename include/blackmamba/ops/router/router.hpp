@@ -102,3 +102,6 @@ struct router {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/router/router_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/router/router_cuda.cuh>
+#endif
