@@ -23,6 +23,19 @@ BLACKMAMBA_INLINE pack<float, N> as_float(int_vector<N> i) {
   return vector_bits<float_vector<N>>(i);
 }
 
+template <int N>
+using uint_vector = typename vector_of<std::uint32_t, N>::type;
+template <int N>
+BLACKMAMBA_INLINE uint_vector<N> as_unsigned(pack<float, N> x) {
+  return vector_bits<uint_vector<N>>(x.v);
+}
+/// p 2^n with n in the low bits of `shifted`: added to the exponent. Unsigned, for lanes that are selected away later
+/// hold any bits, whose sum may wrap.
+template <int N>
+BLACKMAMBA_INLINE pack<float, N> scaled(pack<float, N> p, pack<float, N> shifted) {
+  return vector_bits<float_vector<N>>(as_unsigned(p) + (as_unsigned(shifted) << 23));
+}
+
 /// Polynomial in x, highest coefficient first (Horner's rule).
 template <class V, class... Coefficients>
 BLACKMAMBA_INLINE V polynomial(V x, float highest, Coefficients... rest) {
@@ -42,7 +55,7 @@ BLACKMAMBA_INLINE pack<float, N> exp2_in_range(pack<float, N> x) {
   V const r = x - (shifted - round_to_integer);
   V const p = polynomial(r, 1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f, 5.550332471e-2f, 2.402264791e-1f,
                          6.931472028e-1f, 1.0f);
-  return as_float<N>(as_int(p) + (as_int(shifted) << 23));
+  return scaled(p, shifted);
 }
 /// x = n ln 2 + remainder with the integer n in the low bits of `shifted`.
 template <int N>
@@ -62,7 +75,7 @@ struct exp_reduction {
     V const r = remainder;
     V const q = polynomial(r, 1.379046938e-3f, 8.380413055e-3f, 4.166970775e-2f, 1.666640788e-1f, 4.999998510e-1f);
     V const p = fma(q, r * r, r) + 1.0f;
-    return as_float<N>(as_int(p) + (as_int(shifted) << 23));
+    return scaled(p, shifted);
   }
 };
 /// e^x for x in [-87.3, 88.72283].
@@ -151,7 +164,8 @@ BLACKMAMBA_INLINE pack<float, N> log(pack<float, N> x) {
   using V = pack<float, N>;
   auto const subnormal = x < V(0x1p-126f);
   // x = 2^e m with m in [sqrt(1/2), sqrt(2)).
-  auto const bits = detail::as_int(select(subnormal, x * 0x1p23f, x)) - 0x3f3504f3;
+  auto const bits =
+      detail::vector_bits<detail::int_vector<N>>(detail::as_unsigned(select(subnormal, x * 0x1p23f, x)) - 0x3f3504f3u);
   V const e = V(__builtin_convertvector(bits >> 23, typename V::vector)) - select(subnormal, V(23.0f), V(0.0f));
   V const t = detail::as_float<N>((bits & 0x007fffff) + 0x3f3504f3) - V(1.0f);
   V const t2 = t * t;
