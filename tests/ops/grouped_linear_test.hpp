@@ -193,6 +193,39 @@ TEST_CASE_TEMPLATE("grouped_linear: gradients equal their definition for every p
   check_backward<T>(problem::make<T>({2, 130, 0, 900}, 250, 20, 5));
 }
 
+TEST_CASE_TEMPLATE("grouped_linear: equals its definition where rows are aligned, over several tiles", T, bfloat16,
+                   blackmamba::half) {
+  for (auto const& count : patterns) {
+    auto const p = problem::make<T>(count, 72, 136, 3);
+    test::check_sums<T>(run<T>(p), reference<T>(p), p.width + 1, name_of(p));
+    test::check_sums<float>(run<T, float>(p), reference<float>(p), p.width + 1, name_of(p));
+    check_backward<T>(p);
+  }
+  for (std::int64_t width : {8, 64, 200})
+    for (std::int64_t outputs : {8, 256, 280}) {
+      auto const p = problem::make<T>({129, 0, 128, 5, 127, 63}, width, outputs, 1, width > 8);
+      test::check_sums<T>(run<T>(p), reference<T>(p), p.width + 1, name_of(p));
+      check_backward<T>(p);
+    }
+  auto const many = problem::make<T>(counts(40, 17), 40, 264);
+  test::check_sums<T>(run<T>(many), reference<T>(many), many.width + 1, name_of(many));
+  check_backward<T>(many);
+}
+
+TEST_CASE("grouped_linear: two runs give the same bits") {
+  auto const p = problem::make<bfloat16>({700, 0, 13, 300, 1}, 328, 520, 7);
+  auto const held = held_before<bfloat16>(p);
+  auto const y = run<bfloat16>(p);
+  auto const d = run_backward<bfloat16>(p, held);
+  for (int i = 0; i < 3; ++i) {
+    test::check_equal(run<bfloat16>(p), y, "y");
+    auto const again = run_backward<bfloat16>(p, held);
+    test::check_equal(again.d_x, d.d_x, "d_x");
+    test::check_equal(again.d_weight, d.d_weight, "d_weight");
+    test::check_equal(again.d_bias, d.d_bias, "d_bias");
+  }
+}
+
 TEST_CASE("grouped_linear: gradients equal central differences") {
   auto const p = problem::make<double>({2, 0, 11, 1}, 3, 5, 2);
   // Rows of no group neither feel nor cause anything.
@@ -252,34 +285,40 @@ TEST_CASE("grouped_linear: rows past the last group are not even read") {
 }
 
 TEST_CASE("grouped_linear: takes strided rows and leaves what lies between them") {
-  auto const p = problem::make<blackmamba::half>({2, 0, 30}, 19, 23, 3);
-  auto const widened = [&](test::values const& v, std::int64_t columns) {
-    auto wide = test::rounded<blackmamba::half>(test::random_normal(p.rows() * 2 * columns, 9));
-    for (std::int64_t r = 0; r < p.rows(); ++r)
-      for (std::int64_t i = 0; i < columns; ++i) wide[at(r, 2 * columns, 5 + i)] = v[at(r, columns, i)];
-    return wide;
+  // Odd rows, and rows that are as aligned as their elements' packs.
+  struct layout {
+    std::int64_t width, outputs, offset;
   };
-  auto const weight = test::upload<blackmamba::half>(p.weight, p.groups(), p.outputs, p.width);
-  auto const bias = test::upload<float>(p.bias, p.groups(), p.outputs);
-  auto const offsets = test::upload<std::int64_t>(p.offsets(), p.groups() + 1);
-  auto const x = test::upload<blackmamba::half>(widened(p.x, p.width), p.rows(), 2 * p.width);
-  auto y = test::upload<blackmamba::half>(widened(before<blackmamba::half>(p.rows() * p.outputs), p.outputs), p.rows(),
-                                          2 * p.outputs);
-  auto const x_part = x.columns(5, p.width);
-  grouped_linear::forward(make_policy(), {.x = x_part, .weight = weight, .offsets = offsets, .bias = bias},
-                          y.columns(5, p.outputs));
-  test::check_equal(test::download(y), widened(run<blackmamba::half>(p), p.outputs), "y and its surroundings");
+  for (auto const& [width, outputs, offset] : {layout{19, 23, 5}, {40, 136, 8}}) {
+    auto const p = problem::make<blackmamba::half>({2, 0, 30}, width, outputs, 3);
+    auto const widened = [&](test::values const& v, std::int64_t columns) {
+      auto wide = test::rounded<blackmamba::half>(test::random_normal(p.rows() * 2 * columns, 9));
+      for (std::int64_t r = 0; r < p.rows(); ++r)
+        for (std::int64_t i = 0; i < columns; ++i) wide[at(r, 2 * columns, offset + i)] = v[at(r, columns, i)];
+      return wide;
+    };
+    auto const weight = test::upload<blackmamba::half>(p.weight, p.groups(), p.outputs, p.width);
+    auto const bias = test::upload<float>(p.bias, p.groups(), p.outputs);
+    auto const offsets = test::upload<std::int64_t>(p.offsets(), p.groups() + 1);
+    auto const x = test::upload<blackmamba::half>(widened(p.x, p.width), p.rows(), 2 * p.width);
+    auto y = test::upload<blackmamba::half>(widened(before<blackmamba::half>(p.rows() * p.outputs), p.outputs),
+                                            p.rows(), 2 * p.outputs);
+    auto const x_part = x.columns(offset, p.width);
+    grouped_linear::forward(make_policy(), {.x = x_part, .weight = weight, .offsets = offsets, .bias = bias},
+                            y.columns(offset, p.outputs));
+    test::check_equal(test::download(y), widened(run<blackmamba::half>(p), p.outputs), "y and its surroundings");
 
-  auto const held = held_before<blackmamba::half>(p);
-  auto const d_y = test::upload<blackmamba::half>(widened(p.d_y, p.outputs), p.rows(), 2 * p.outputs);
-  auto d_x = test::upload<blackmamba::half>(widened(held.d_x, p.width), p.rows(), 2 * p.width);
-  auto d_weight = test::upload<float>(held.d_weight, p.groups(), p.outputs, p.width);
-  grouped_linear::backward<test_policy, blackmamba::half>(
-      make_policy(), {.x = x_part, .weight = weight, .offsets = offsets, .d_y = d_y.columns(5, p.outputs)},
-      {.d_x = d_x.columns(5, p.width), .d_weight = d_weight});
-  auto const expected = run_backward<blackmamba::half>(p, held);
-  test::check_equal(test::download(d_x), widened(expected.d_x, p.width), "d_x and its surroundings");
-  test::check_equal(test::download(d_weight), expected.d_weight, "d_weight");
+    auto const held = held_before<blackmamba::half>(p);
+    auto const d_y = test::upload<blackmamba::half>(widened(p.d_y, p.outputs), p.rows(), 2 * p.outputs);
+    auto d_x = test::upload<blackmamba::half>(widened(held.d_x, p.width), p.rows(), 2 * p.width);
+    auto d_weight = test::upload<float>(held.d_weight, p.groups(), p.outputs, p.width);
+    grouped_linear::backward<test_policy, blackmamba::half>(
+        make_policy(), {.x = x_part, .weight = weight, .offsets = offsets, .d_y = d_y.columns(offset, p.outputs)},
+        {.d_x = d_x.columns(offset, p.width), .d_weight = d_weight});
+    auto const expected = run_backward<blackmamba::half>(p, held);
+    test::check_equal(test::download(d_x), widened(expected.d_x, p.width), "d_x and its surroundings");
+    test::check_equal(test::download(d_weight), expected.d_weight, "d_weight");
+  }
 }
 
 TEST_CASE_TEMPLATE("grouped_linear: the same bits for any number of threads", P, test_policy) {

@@ -163,6 +163,49 @@ TEST_CASE_TEMPLATE("linear: gradients equal their definition at every size and t
   }
 }
 
+TEST_CASE_TEMPLATE("linear: equals its definition where rows are aligned, over several tiles", T, bfloat16,
+                   blackmamba::half) {
+  using A = accum_t<T>;
+  for (std::int64_t rows : {1, 4, 16, 17, 130, 300})
+    for (shape s : {shape{rows, 64, 264}, {rows, 200, 16}, {rows, 1032, 72}, {rows, 320, 8}})
+      for (bool bias : {false, true}) {
+        check_forward<T>(s, bias);
+        check_forward<T, A>(s, bias);
+      }
+  for (shape s : {shape{300, 136, 520}, {700, 264, 8}}) {
+    check_backward<T>(s, update::overwrite);
+    check_backward<T>(s, update::accumulate);
+    check_backward<T, A>(s, update::accumulate);
+  }
+}
+
+TEST_CASE_TEMPLATE("linear: a few outputs of many rows, as a router has them", T, STORAGE_TYPES) {
+  using A = accum_t<T>;
+  for (std::int64_t outputs : {2, 8, 9, 64})
+    for (shape s : {shape{2500, 48, outputs}, {1100, 61, outputs}}) {
+      check_forward<T, A>(s, true);
+      check_backward<T, A>(s, update::overwrite);
+      check_backward<T, A>(s, update::accumulate);
+    }
+}
+
+TEST_CASE_TEMPLATE("linear: two runs give the same bits", T, float, bfloat16) {
+  using A = accum_t<T>;
+  for (shape s : {shape{3, 1480, 520}, {2500, 328, 8}, {600, 328, 520}}) {
+    auto const p = problem::make<T, A>(s);
+    auto const before = initial<T>(p, update::accumulate);
+    auto const y = run<T, A>(p);
+    auto const d = run_backward<T, A>(p, before, update::accumulate);
+    for (int i = 0; i < 3; ++i) {
+      test::check_equal(run<T, A>(p), y, "y");
+      auto const again = run_backward<T, A>(p, before, update::accumulate);
+      test::check_equal(again.d_x, d.d_x, "d_x");
+      test::check_equal(again.d_weight, d.d_weight, "d_weight");
+      test::check_equal(again.d_bias, d.d_bias, "d_bias");
+    }
+  }
+}
+
 TEST_CASE("linear: gradients equal central differences") {
   for (shape s : {shape{3, 5, 4}, {11, 3, 7}}) {
     auto const p = problem::make<double>(s);

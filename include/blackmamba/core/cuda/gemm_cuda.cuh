@@ -1,10 +1,12 @@
 #pragma once
 #include <blackmamba/core/cuda/gemm_library_cuda.cuh>
+#include <blackmamba/core/cuda/gemm_mma_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_tiles_cuda.cuh>
 #include <blackmamba/core/cuda/product_cuda.cuh>
 #include <blackmamba/core/view.hpp>
 
 #include <cstddef>
+#include <type_traits>
 
 /// Dense products on the device.
 namespace blackmamba::cuda {
@@ -12,15 +14,33 @@ namespace blackmamba::cuda {
 /// Scratch memory that a product may use: more of it means more ways to share a product among the multiprocessors.
 using gemm_workspace = view<space::device, std::byte, dyn>;
 
-/// Enqueues one product, or those of all groups. Arithmetic in accum_t<TC> (float: true float, no TF32). Bitwise
-/// repeatable on one kind of device; the way that is taken, and so the bits, depend on shape, strides, alignment and
-/// the workspace's size. @throws cuda_error naming the operator
+/// Enqueues one product. Arithmetic in accum_t<TC> (float: true float, no TF32). Bitwise repeatable on one kind of
+/// device; the way that is taken, and so the bits, depend on shape, strides, alignment and the workspace's size.
+/// @throws cuda_error naming the operator
 template <class TA, class TB, class TC>
 void gemm(char const* op, device::cuda const& policy, product<TA, TB, TC> const& x, gemm_workspace workspace = {}) {
-  if (x.m <= 0 || x.n <= 0 || x.groups.count <= 0) return;
+  if (x.m <= 0 || x.n <= 0) return;
   auto const bytes = static_cast<std::size_t>(workspace.size());
   if (detail::library_product(op, policy, x, workspace.data(), bytes)) return;
+  // The library adds no float bias to a 16-bit result.
+  if constexpr (tensor_core_operand<TA> && std::is_same_v<TA, TB> && std::is_same_v<TA, TC>)
+    if (x.bias && x.ta == transpose::no && x.tb == transpose::yes &&
+        detail::mma_product_if_aligned<true, true>(op, policy, x))
+      return;
   detail::tiles_product(op, policy, x, workspace.data(), bytes);
+}
+
+/// Enqueues the products of all groups, whose sizes lie on the device. The layout is static: TransposeA, TransposeB are
+/// those of x. An element of C is summed in an order that depends on nothing but the alignment of the operands.
+template <transpose TransposeA, transpose TransposeB, class TA, class TB, class TC>
+void gemm_groups(char const* op, device::cuda const& policy, product<TA, TB, TC> x) {
+  if (x.m <= 0 || x.n <= 0 || x.groups.count <= 0) return;
+  x.ta = TransposeA;
+  x.tb = TransposeB;
+  if constexpr (tensor_core_operand<TA> && std::is_same_v<TA, TB>)
+    if (detail::mma_product_if_aligned<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x))
+      return;
+  detail::tiles_product(op, policy, x, nullptr, 0);
 }
 
 }  // namespace blackmamba::cuda

@@ -30,7 +30,7 @@ struct product_groups {
 /// null. An empty group of the depth leaves its C as it is.
 template <class TA, class TB, class TC>
 struct product {
-  transpose ta, tb;
+  transpose ta = transpose::no, tb = transpose::no;
   std::int64_t m, n, k;
   TA const* a;
   std::int64_t lda;

@@ -1,0 +1,248 @@
+#pragma once
+#include <blackmamba/core/cuda/launch_cuda.cuh>
+#include <blackmamba/core/cuda/product_cuda.cuh>
+#include <blackmamba/core/cuda/tensor_core_cuda.cuh>
+#include <blackmamba/core/numeric.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+/// Products of 16-bit operands on the tensor cores of sm_80 and later, with and without groups. Instantiated once for
+/// each element type, result type and layout that is asked for.
+///
+/// One block of eight warps on each multiprocessor walks over the tiles (128 x 256, a warp's part 64 x 64). The steps of
+/// the depth, 64 each, of all its tiles are one stream through a ring of stages in shared memory: copies for the next
+/// tile are under way while a tile's result is stored. An element of C is summed in ascending order of the depth.
+namespace blackmamba::cuda::detail {
+
+namespace mma {
+
+inline constexpr int rows = 128, columns = 256, depth = 64, threads = 256;
+inline constexpr int stage_bytes = (rows + columns) * depth * 2;
+inline constexpr int most_stages = 4;
+
+/// An operand's tile in shared memory, in 16-byte chunks that are permuted within 128 bytes so that the eight rows of a
+/// matrix lie in different banks. Along: the depth lies contiguous, a row is 64 deep; else a row is a step of the depth.
+template <int Extent, bool Along>
+struct operand_tile {
+  static constexpr int chunks = Along ? depth / 8 : Extent / 8;  // of a row
+  static constexpr int copies = Extent * depth / 8 / threads;    // by each thread
+  static constexpr int rows_apart = threads / chunks;            // between a thread's copies
+
+  __device__ __forceinline__ static std::uint32_t offset(int row, int chunk) {
+    return static_cast<std::uint32_t>(row * chunks + (chunk ^ (row & 7))) * 16;
+  }
+  /// Starts the copies of [from, from + Extent) x [p, p + depth), with zeros from `end` and p_end on.
+  template <class T>
+  __device__ __forceinline__ static void copy(std::uint32_t to, T const* x, std::int64_t stride, std::int64_t from,
+                                              std::int64_t end, std::int64_t p, std::int64_t p_end) {
+    int const chunk = static_cast<int>(threadIdx.x) % chunks, row = static_cast<int>(threadIdx.x) / chunks;
+    // The stored matrix has rows from `first` on and columns from `column` on.
+    std::int64_t const first = (Along ? from : p) + row, column = (Along ? p : from) + chunk * 8;
+    std::int64_t const rows_left = (Along ? end : p_end) - first, columns_left = (Along ? p_end : end) - column;
+    int const bytes = columns_left >= 8 ? 16 : columns_left > 0 ? static_cast<int>(columns_left) * 2 : 0;
+    T const* const source = x + first * stride + column;
+#pragma unroll
+    for (int i = 0; i < copies; ++i) {
+      bool const inside = i * rows_apart < rows_left && bytes > 0;
+      copy_async(to + offset(row + i * rows_apart, chunk), inside ? source + i * rows_apart * stride : x,
+                 inside ? bytes : 0);
+    }
+  }
+};
+
+/// Where a block is in its stream: tile and step of the depth.
+struct cursor {
+  std::int64_t index, p;
+  product_tile tile;
+  bool valid;
+
+  template <class Product>
+  __device__ __forceinline__ void find(Product const& x) {
+    // A tile without depth has nothing to add.
+    do valid = find_tile<rows, columns>(x, index, tile);
+    while (valid && tile.depth >= tile.depth_end && (index += gridDim.x, true));
+    p = tile.depth;
+  }
+  template <class Product>
+  __device__ __forceinline__ void step(Product const& x) {
+    p += depth;
+    if (p < tile.depth_end) return;
+    index += gridDim.x;
+    find(x);
+  }
+};
+
+}  // namespace mma
+
+/// Stores a warp's 16 rows of a result: sum[j] is the fragment of columns 8 j on. `wide`: 16-bit rows of C take stores
+/// of 16 bytes.
+template <class TC, int Tiles>
+__device__ __forceinline__ void store_fragments(float (&sum)[Tiles][4], TC* c, std::int64_t ldc, std::int64_t rows_left,
+                                                std::int64_t columns_left, float const* bias, bool accumulate,
+                                                bool wide) {
+  int const lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, pair = lane % 4 * 2;
+  if (bias || accumulate)
+#pragma unroll
+    for (int j = 0; j < Tiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        int const row = r + e / 2 * 8, column = 8 * j + pair + e % 2;
+        if (row >= rows_left || column >= columns_left) continue;
+        if (bias) sum[j][e] += bias[column];
+        if (accumulate) sum[j][e] += convert<float>(c[row * ldc + column]);
+      }
+#pragma unroll
+  for (int high = 0; high < 2; ++high) {
+    int const row = r + 8 * high;
+    if constexpr (sizeof(TC) == 2) {
+#pragma unroll
+      for (int j = 0; j < Tiles; j += 4) {
+        std::uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = packed_pair<TC>(sum[j + i][2 * high], sum[j + i][2 * high + 1]);
+        transpose_in_quad(w);
+        int const column = 8 * (j + lane % 4);
+        TC* const to = c + row * ldc + column;
+        if (row >= rows_left) continue;
+        if (wide && column + 8 <= columns_left) {
+          *reinterpret_cast<uint4*>(to) = make_uint4(w[0], w[1], w[2], w[3]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if (column + i < columns_left) to[i].bits = static_cast<std::uint16_t>(w[i / 2] >> 16 * (i % 2));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < Tiles; ++j) {
+        int const column = 8 * j + pair;
+        TC* const to = c + row * ldc + column;
+        if (row >= rows_left) continue;
+        if (wide && column + 2 <= columns_left) {
+          *reinterpret_cast<float2*>(to) = make_float2(sum[j][2 * high], sum[j][2 * high + 1]);
+        } else {
+          if (column < columns_left) to[0] = sum[j][2 * high];
+          if (column + 1 < columns_left) to[1] = sum[j][2 * high + 1];
+        }
+      }
+    }
+  }
+}
+
+/// AlongA, AlongB: whether the depth is what lies contiguous in A and B.
+template <class T, class TC, bool AlongA, bool AlongB>
+__global__ void __launch_bounds__(mma::threads, 1) mma_product(product<T, T, TC> x, int stages, bool wide) {
+  using a_tile = mma::operand_tile<mma::rows, AlongA>;
+  using b_tile = mma::operand_tile<mma::columns, AlongB>;
+  constexpr std::uint32_t a_bytes = mma::rows * mma::depth * 2;
+  extern __shared__ __align__(128) unsigned char mma_memory[];
+  std::uint32_t const memory = shared_address(mma_memory);
+  int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int const warp_row = warp % 2 * 64, warp_column = warp / 2 * 64;
+
+  mma::cursor ahead{.index = blockIdx.x};
+  ahead.find(x);
+  mma::cursor now = ahead;
+  int write = 0, read = 0;
+  auto const fetch = [&] {
+    if (ahead.valid) {
+      std::uint32_t const stage = memory + static_cast<std::uint32_t>(write * mma::stage_bytes);
+      auto const& t = ahead.tile;
+      T const* const b = x.b + (x.groups.by == grouping::rows ? t.group * x.groups.b_apart : 0);
+      a_tile::copy(stage, x.a, x.lda, t.row, t.row_end, ahead.p, t.depth_end);
+      b_tile::copy(stage + a_bytes, b, x.ldb, t.column, x.n, ahead.p, t.depth_end);
+      ahead.step(x);
+    }
+    commit_copies();  // an empty group where nothing is left: the count of groups stays one for each step
+    write = write + 1 == stages ? 0 : write + 1;
+  };
+  for (int s = 0; s + 1 < stages; ++s) fetch();
+
+  while (now.valid) {
+    product_tile const t = now.tile;
+    float sum[4][8][4] = {};
+    for (std::int64_t p = t.depth; p < t.depth_end; p += mma::depth) {
+      if (stages == 4)
+        wait_for_copies<2>();
+      else if (stages == 3)
+        wait_for_copies<1>();
+      else
+        wait_for_copies<0>();
+      __syncthreads();
+      fetch();
+      std::uint32_t const a = memory + static_cast<std::uint32_t>(read * mma::stage_bytes), b = a + a_bytes;
+#pragma unroll
+      for (int q = 0; q < mma::depth; q += 16) {
+        std::uint32_t u[4][4], v[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          int const r = warp_row + 16 * i;
+          if constexpr (AlongA)
+            load_matrices<false>(u[i], a + a_tile::offset(r + lane % 16, q / 8 + lane / 16));
+          else
+            load_matrices<true>(u[i], a + a_tile::offset(q + lane % 8 + lane / 16 * 8, r / 8 + lane / 8 % 2));
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          int const n = warp_column + 16 * j;
+          if constexpr (AlongB)
+            load_matrices<false>(v[j], b + b_tile::offset(n + lane % 8 + lane / 16 * 8, q / 8 + lane / 8 % 2));
+          else
+            load_matrices<true>(v[j], b + b_tile::offset(q + lane % 16, n / 8 + lane / 16));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            multiply_matrices<T>(sum[i][j], u[i], v[j / 2][j % 2 * 2], v[j / 2][j % 2 * 2 + 1]);
+      }
+      read = read + 1 == stages ? 0 : read + 1;
+    }
+    std::int64_t const column = t.column + warp_column;
+    TC* const c = x.c + (x.groups.by == grouping::depth ? t.group * x.groups.c_apart : 0);
+    float const* const bias = x.bias ? x.bias + t.group * x.groups.bias_apart + column : nullptr;
+    if (column < x.n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        std::int64_t const row = t.row + warp_row + 16 * i;
+        store_fragments(sum[i], c + row * x.ldc + column, x.ldc, t.row_end - row, x.n - column, bias,
+                        x.mode == update::accumulate, wide);
+      }
+    now.index += gridDim.x;
+    now.find(x);
+  }
+  wait_for_copies<0>();
+}
+
+/// Whether every row of an operand can be copied in chunks of 16 bytes.
+template <class T>
+bool rows_in_chunks(T const* x, std::int64_t stride, std::int64_t apart) {
+  constexpr std::int64_t chunk = 16 / sizeof(T);
+  return reinterpret_cast<std::uintptr_t>(x) % 16 == 0 && stride % chunk == 0 && apart % chunk == 0;
+}
+/// Whether C takes the widest stores of store_fragments.
+template <class TC>
+bool stores_wide(TC const* c, std::int64_t stride, std::int64_t apart) {
+  constexpr std::int64_t width = sizeof(TC) == 2 ? 8 : 2;
+  return reinterpret_cast<std::uintptr_t>(c) % (width * sizeof(TC)) == 0 && stride % width == 0 && apart % width == 0;
+}
+
+/// Enqueues the product where operands are aligned and there is a depth. False elsewhere.
+template <bool AlongA, bool AlongB, class T, class TC>
+bool mma_product_if_aligned(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
+  if (x.k <= 0 || !rows_in_chunks(x.a, x.lda, 0) || !rows_in_chunks(x.b, x.ldb, x.groups.b_apart)) return false;
+  auto const& device = properties();
+  if (device.major < 8) return false;
+  int const stages = std::min(mma::most_stages, device.shared_bytes_per_block / mma::stage_bytes);
+  if (stages < 2) return false;
+  std::int64_t const tiles = most_tiles<mma::rows, mma::columns>(x);
+  auto const blocks = static_cast<unsigned>(std::min<std::int64_t>(tiles, device.multiprocessors));
+  launch(op, policy, {blocks, mma::threads, static_cast<std::size_t>(stages * mma::stage_bytes)},
+         mma_product<T, TC, AlongA, AlongB>, x, stages, stores_wide(x.c, x.ldc, x.groups.c_apart));
+  return true;
+}
+
+}  // namespace blackmamba::cuda::detail
