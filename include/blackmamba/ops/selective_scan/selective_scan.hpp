@@ -3,10 +3,12 @@
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
+#include <blackmamba/ops/selective_scan/selective_scan_tuning.hpp>
 
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 namespace blackmamba {
 
@@ -47,6 +49,7 @@ struct selective_scan {
     out<P, accum_t<T>, dyn> checkpoints = {};            // (n)        optional; what backward needs
   };
   /// y (B, L, D) aliases no input, final_state no initial_state. dt A log2(e) is taken to lie in [-126, 127.9].
+  /// Scratch: forward_scratch_bytes<P, N, T>(B, L, D, S).
   template <int N, device_policy P, storage T>
   static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T, N>> const& in,
                       out<P, T, dyn, dyn, dyn> y, std::type_identity_t<results<home<P>, T>> const& keep = {}) {
@@ -56,7 +59,17 @@ struct selective_scan {
     check_optional_shape("selective_scan", "checkpoints", keep.checkpoints,
                          {checkpoint_size<N>(batch, length, channels, states)});
     if (channels == 0 || batch == 0) return;
-    backend_of<selective_scan, P>::forward(policy, in, y, keep);
+    if constexpr (std::is_same_v<typename P::memory_space, space::device>) {
+      forward_workspace<home<P>, T> work;
+      auto const pieces = forward_pieces<N>(batch, length, channels, states);
+      if (pieces == 0) return backend_of<selective_scan, P>::forward(policy, in, y, keep, work);
+      scratch<P> memory(policy, forward_scratch_bytes<P, N, T>(batch, length, channels, states));
+      work = {.states = memory.template allocate<accum_t<T>>(pieces, channels, N),
+              .steps = memory.template allocate<accum_t<T>>(pieces, channels)};
+      backend_of<selective_scan, P>::forward(policy, in, y, keep, work);
+    } else {
+      backend_of<selective_scan, P>::forward(policy, in, y, keep);
+    }
   }
 
   /// The inputs of forward, the checkpoints that it left, and the gradients that reach its outputs.
@@ -172,6 +185,28 @@ struct selective_scan {
     return batch * chunks(batch, length, sequences) * N * channels;
   }
 
+  /// What forward keeps while it runs: on a device long sequences of few channels are cut into pieces, and the pieces
+  /// run side by side.
+  template <device_policy P, storage T>
+  struct forward_workspace {
+    out<P, accum_t<T>, dyn, dyn, dyn> states = {};  // (pieces, D, N)  what each piece leaves, then what it begins with
+    out<P, accum_t<T>, dyn, dyn> steps = {};        // (pieces, D)     the sum of its steps dt
+  };
+  template <int N>
+  static constexpr std::int64_t forward_pieces(std::int64_t batch, std::int64_t length, std::int64_t channels,
+                                               std::int64_t sequences) {
+    auto const segment = selective_scan_tuning::plan_forward(N, length, channels, sequences).segment;
+    if (segment == 0) return 0;
+    return batch == 1 ? length / segment + sequences : batch * ((length + segment - 1) / segment);
+  }
+  template <device_policy P, int N, storage T>
+  static constexpr std::size_t forward_scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,
+                                                     std::int64_t sequences) {
+    if (!std::is_same_v<typename P::memory_space, space::device>) return 0;
+    auto const n = static_cast<std::size_t>(forward_pieces<N>(batch, length, channels, sequences) * channels);
+    return scratch_sum(sizeof(accum_t<T>) * n * N, sizeof(accum_t<T>) * n);
+  }
+
   /// Backward works on so many channels at a time, and on so many chunks before it sums d_B and d_C over the channels.
   static constexpr std::int64_t group_channels = 64;
   static constexpr std::int64_t band_chunks = 16;
@@ -244,3 +279,6 @@ struct selective_scan {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/selective_scan/selective_scan_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/selective_scan/selective_scan_cuda.cuh>
+#endif
