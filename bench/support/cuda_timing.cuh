@@ -104,7 +104,7 @@ auto rotated(double bytes_of_a_set, Make&& make) {
   return sets;
 }
 
-namespace detail {
+namespace values {
 template <class T>
 __global__ void fill(T* x, std::int64_t n, std::uint32_t seed, float low, float high) {
   std::int64_t const stride = std::int64_t{gridDim.x} * blockDim.x;
@@ -120,14 +120,14 @@ __global__ void fill(T* x, std::int64_t n, std::uint32_t seed, float low, float 
       x[i] = static_cast<T>(std::floor(low + (high - low) * unit));  // whole numbers of [low, high)
   }
 }
-}  // namespace detail
+}  // namespace values
 
 /// A device tensor of numbers that are uniform in [low, high), the same for the same seed.
 template <class T, class... Ints>
 auto random_tensor(int seed, float low, float high, Ints... extents) {
   device_tensor<T, (static_cast<void>(extents), dyn)...> t(extents...);
   bm::cuda::launch("bench", bm::device::cuda{.stream = stream()}, {bm::cuda::strided_blocks_for(t.size(), 256, 8), 256},
-                   detail::fill<T>, t.data(), t.size(), static_cast<std::uint32_t>(seed), low, high);
+                   values::fill<T>, t.data(), t.size(), static_cast<std::uint32_t>(seed), low, high);
   return t;
 }
 template <class T, class... Ints>
