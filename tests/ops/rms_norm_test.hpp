@@ -53,27 +53,59 @@ struct gradients {
   test::values d_s, d_weight;
 };
 
-template <class T>
+/// S: the type that s was kept in. d_residual may be empty. The weight's gradient starts from `initial`.
+template <class T, class S = accum_t<T>>
 gradients run_backward(test::values const& sum, test::values const& rstd, test::values const& weight,
                        test::values const& d_y, test::values const& d_residual, std::int64_t rows, std::int64_t width,
-                       test_policy policy = make_policy()) {
+                       test_policy policy = make_policy(), double initial = 0) {
   using A = accum_t<T>;
-  auto const ds = test::upload<A>(sum, rows, width);
+  auto const ds = test::upload<S>(sum, rows, width);
   auto const dr = test::upload<A>(rstd, rows);
   auto const dw = test::upload<A>(weight, width);
   auto const dy = test::upload<T>(d_y, rows, width);
-  auto d_s = test::upload<A>(d_residual, rows, width);
-  auto d_weight = zeros<A>(policy, width);
-  rms_norm::backward<test_policy, T, A>(policy, {.sum = ds, .rstd = dr, .weight = dw, .d_y = dy, .d_residual = d_s},
-                                        d_s, d_weight);
+  auto d_s = test::poisoned<S>(rows, width);
+  auto d_weight = test::upload<A>(test::values(static_cast<std::size_t>(width), initial), width);
+  if (d_residual.empty()) {
+    rms_norm::backward<test_policy, T, S>(policy, {.sum = ds, .rstd = dr, .weight = dw, .d_y = dy}, d_s, d_weight);
+  } else {
+    auto const through = test::upload<A>(d_residual, rows, width);
+    rms_norm::backward<test_policy, T, S>(
+        policy, {.sum = ds, .rstd = dr, .weight = dw, .d_y = dy, .d_residual = through}, d_s, d_weight);
+  }
   return {test::download(d_s), test::download(d_weight)};
+}
+
+/// The gradients' formulas, in double, from what forward kept.
+gradients reference_backward(result const& forward, test::values const& weight, test::values const& d_y,
+                             test::values const& d_residual, double initial) {
+  gradients g{test::values(d_y.size()), test::values(weight.size(), initial)};
+  for (std::size_t r = 0; r < forward.rstd.size(); ++r) {
+    std::size_t const begin = r * weight.size();
+    double const rstd = forward.rstd[r];
+    double mean = 0;
+    for (std::size_t i = 0; i < weight.size(); ++i) {
+      double const normalised = forward.sum[begin + i] * rstd;
+      mean += d_y[begin + i] * weight[i] * normalised / static_cast<double>(weight.size());
+      g.d_weight[i] += d_y[begin + i] * normalised;
+    }
+    for (std::size_t i = 0; i < weight.size(); ++i)
+      g.d_s[begin + i] = (d_residual.empty() ? 0.0 : d_residual[begin + i]) +
+                         rstd * (d_y[begin + i] * weight[i] - forward.sum[begin + i] * rstd * mean);
+  }
+  return g;
+}
+double largest(test::values const& v) {
+  double m = 0;
+  for (double x : v) m = std::max(m, std::abs(x));
+  return m;
 }
 
 }  // namespace
 
 TEST_CASE_TEMPLATE("rms_norm: equals its definition at every size and type", T, STORAGE_TYPES) {
-  for (std::int64_t rows : {0, 1, 3, 65})
-    for (std::int64_t width : {1, 2, 15, 16, 17, 64, 1472}) {
+  for (std::int64_t rows : {0, 1, 2, 3, 65})
+    for (std::int64_t width : {1, 2, 15, 16, 17, 64, 1472, 5004, 16388, 70001}) {
+      if (width > 5000 && rows != 2) continue;  // rows that no block of threads holds in registers
       auto const x = test::rounded<T>(test::random_normal(rows * width, 1));
       auto const w = test::rounded<accum_t<T>>(test::random_normal(width, 2));
       auto const residual = test::rounded<accum_t<T>>(test::random_normal(rows * width, 3, 3.0));
@@ -86,6 +118,43 @@ TEST_CASE_TEMPLATE("rms_norm: equals its definition at every size and type", T, 
         test::check_close(actual.rstd, expected.rstd, test::tolerance<accum_t<T>>(width), "rstd");
       }
     }
+}
+
+TEST_CASE_TEMPLATE("rms_norm: backward equals its formulas at every type, where s is kept as it came and as a sum", T,
+                   STORAGE_TYPES) {
+  using A = accum_t<T>;
+  struct shape {
+    std::int64_t rows, width;
+  };
+  // Rows of few lanes and of whole warps, more rows than blocks take at once, rows that no block holds in registers.
+  for (auto const& [rows, width] : std::vector<shape>{{0, 5},
+                                                      {1, 1},
+                                                      {2, 16},
+                                                      {64, 17},
+                                                      {129, 64},
+                                                      {129, 300},
+                                                      {9, 1472},
+                                                      {5000, 12},
+                                                      {700, 40},
+                                                      {3, 4100},
+                                                      {2, 16388},
+                                                      {3, 20001}}) {
+    auto const x = test::rounded<T>(test::random_normal(rows * width, 1));
+    auto const w = test::rounded<A>(test::random_normal(width, 2));
+    auto const d_y = test::rounded<T>(test::random_normal(rows * width, 3));
+    auto const through = test::rounded<A>(test::random_normal(rows * width, 4));
+    auto const forward = reference(x, {}, w, rows, width, 1e-5);
+    for (auto const& d_residual : {test::values{}, through}) {
+      auto const expected = reference_backward(forward, w, d_y, d_residual, 2.0);
+      double const scale = largest(forward.rstd) * largest(w) * largest(d_y);
+      for (auto const& actual :
+           {run_backward<T, T>(forward.sum, forward.rstd, w, d_y, d_residual, rows, width, make_policy(), 2.0),
+            run_backward<T, A>(forward.sum, forward.rstd, w, d_y, d_residual, rows, width, make_policy(), 2.0)}) {
+        test::check_close_at_scale(actual.d_s, expected.d_s, scale, test::tolerance<T>(width), "d_s");
+        test::check_close(actual.d_weight, expected.d_weight, test::tolerance<A>(rows), "d_weight");
+      }
+    }
+  }
 }
 
 TEST_CASE("rms_norm: gradients equal central differences") {
@@ -107,20 +176,24 @@ TEST_CASE("rms_norm: gradients equal central differences") {
       g.d_weight, "d_weight");
 }
 
-TEST_CASE("rms_norm: the same bits for any number of threads") {
+TEST_CASE_TEMPLATE("rms_norm: the same bits in every run, for any number of threads", P, test_policy) {
   std::int64_t const rows = 333, width = 50;
   auto const x = test::random_normal(rows * width, 1);
   auto const w = test::random_normal(width, 2);
   auto const forward = run<float>(x, {}, w, rows, width);
   auto const one = run_backward<float>(forward.sum, forward.rstd, w, x, x, rows, width);
-  if constexpr (requires(test_policy p) { p.threads; })
+  auto const check_again = [&](test_policy const& policy) {
+    test::check_equal(run<float>(x, {}, w, rows, width, policy).y, forward.y, "y");
+    auto const again = run_backward<float>(forward.sum, forward.rstd, w, x, x, rows, width, policy);
+    test::check_equal(again.d_s, one.d_s, "d_s");
+    test::check_equal(again.d_weight, one.d_weight, "d_weight");
+  };
+  check_again(make_policy());
+  if constexpr (requires(P p) { p.threads; })
     for (int threads : {1, 2, 5}) {
-      test_policy policy = make_policy();
+      P policy = make_policy();
       policy.threads = threads;
-      test::check_equal(run<float>(x, {}, w, rows, width, policy).y, forward.y, "y");
-      auto const again = run_backward<float>(forward.sum, forward.rstd, w, x, x, rows, width, policy);
-      test::check_equal(again.d_s, one.d_s, "d_s");
-      test::check_equal(again.d_weight, one.d_weight, "d_weight");
+      check_again(policy);
     }
 }
 
@@ -144,6 +217,49 @@ TEST_CASE("rms_norm: takes strided rows and works in place") {
       CHECK(after[static_cast<std::size_t>(i * 2 * width + j)] ==
             static_cast<double>(static_cast<float>(both[static_cast<std::size_t>(i * 2 * width + j)])));
     }
+}
+
+TEST_CASE("rms_norm: the sum over the residual, d_s over d_residual and over d_y") {
+  for (std::int64_t width : {21, 40, 17000}) {
+    std::int64_t const rows = 6;
+    auto const x = test::random_normal(rows * width, 1), w = test::random_normal(width, 2),
+               residual = test::random_normal(rows * width, 3), d_y = test::random_normal(rows * width, 4);
+    auto const separate = run<float>(x, residual, w, rows, width);
+    auto const dx = test::upload<float>(x, rows, width);
+    auto const dw = test::upload<float>(w, width);
+    auto const sum = test::upload<float>(residual, rows, width);
+    auto const rstd = test::poisoned<float>(rows);
+    rms_norm::forward<test_policy, float>(make_policy(), {.x = dx, .weight = dw, .residual = sum}, dx,
+                                          {.sum = sum, .rstd = rstd});
+    test::check_equal(test::download(dx), separate.y, "y over x");
+    test::check_equal(test::download(sum), separate.sum, "sum over the residual");
+
+    auto const expected = run_backward<float>(separate.sum, separate.rstd, w, d_y, x, rows, width);
+    auto const over_residual = test::upload<float>(x, rows, width), dy = test::upload<float>(d_y, rows, width);
+    auto const d_weight = zeros<float>(make_policy(), width), again = zeros<float>(make_policy(), width);
+    auto const through = test::upload<float>(x, rows, width);
+    rms_norm::backward<test_policy, float, float>(
+        make_policy(), {.sum = sum, .rstd = rstd, .weight = dw, .d_y = dy, .d_residual = over_residual}, over_residual,
+        d_weight);
+    test::check_equal(test::download(over_residual), expected.d_s, "d_s over d_residual");
+    rms_norm::backward<test_policy, float, float>(
+        make_policy(), {.sum = sum, .rstd = rstd, .weight = dw, .d_y = dy, .d_residual = through}, dy, again);
+    test::check_equal(test::download(dy), expected.d_s, "d_s over d_y");
+    test::check_equal(test::download(again), expected.d_weight, "d_weight");
+  }
+}
+
+TEST_CASE("rms_norm: scratch is exact") {
+  using dry = device::dry<test_policy>;
+  for (std::int64_t rows : {1, 130, 100000}) {
+    auto measure = arena<test::test_space>::measuring();
+    auto const x = zeros<float>(make_policy(), rows, 4), w = zeros<float>(make_policy(), 4, 1);
+    auto const r = zeros<float>(make_policy(), rows);
+    rms_norm::backward<dry, float, float>(dry{&measure}, {.sum = x, .rstd = r, .weight = w.reshape(4), .d_y = x}, x,
+                                          w.reshape(4));
+    CHECK(measure.peak() == rms_norm::scratch_bytes<float, test::test_space>(rows, 4));
+    CHECK(measure.used() == 0);
+  }
 }
 
 TEST_CASE("rms_norm: shapes that disagree are named") {

@@ -2,6 +2,7 @@
 #include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/row_blocks.hpp>
 #include <blackmamba/core/workspace.hpp>
 
 namespace blackmamba {
@@ -61,7 +62,7 @@ struct layer_norm {
   ///   d_weight += sum over rows of d_y n
   ///   d_bias += sum over rows of d_y                           optional
   ///
-  /// scratch_bytes<T>(R, D) of scratch.
+  /// scratch_bytes<T, memory space>(R, D) of scratch.
   template <device_policy P, storage T, storage S>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, S>> const& in,
                        out<P, S, dyn, dyn> d_s, std::type_identity_t<out<P, accum_t<T>, dyn>> d_weight,
@@ -76,22 +77,21 @@ struct layer_norm {
     check_shape("layer_norm.backward", "d_weight", d_weight, {width});
     check_optional_shape("layer_norm.backward", "d_bias", d_bias, {width});
     if (d_s.size() == 0) return;
-    scratch<P> memory(policy, scratch_bytes<T>(rows, width));
-    auto partial = memory.template allocate<accum_t<T>>(partial_rows(rows), 2 * width);
+    using space = typename P::memory_space;
+    scratch<P> memory(policy, scratch_bytes<T, space>(rows, width));
+    auto partial = memory.template allocate<accum_t<T>>(row_blocks<space>::count(rows), 2 * width);
     backend_of<layer_norm, P>::backward(policy, in, d_s, d_weight, d_bias, partial);
   }
 
-  /// The parameters' gradients are summed over blocks of this many rows, then over blocks, in order.
-  static constexpr std::int64_t rows_per_partial = 64;
-  static constexpr std::int64_t partial_rows(std::int64_t rows) {
-    return (rows + rows_per_partial - 1) / rows_per_partial;
-  }
-  template <storage T>
+  template <storage T, class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t width) {
-    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(partial_rows(rows) * 2 * width));
+    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(row_blocks<Space>::count(rows) * 2 * width));
   }
 };
 
 }  // namespace blackmamba
 
 #include <blackmamba/ops/layer_norm/layer_norm_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/layer_norm/layer_norm_cuda.cuh>
+#endif

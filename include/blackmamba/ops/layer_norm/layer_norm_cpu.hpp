@@ -46,7 +46,8 @@ struct backend<layer_norm, device::cpu> {
     using A = accum_t<T>;
     using V = simd::pack<A>;
     std::int64_t const rows = d_s.extent(0), width = d_s.extent(1);
-    cpu::for_row_blocks(policy.threads, rows, layer_norm::rows_per_partial, partial, [&](std::int64_t r, A* d_w) {
+    std::int64_t const rows_per_block = row_blocks<space::host>::rows_per_block(rows);
+    cpu::for_row_blocks(policy.threads, rows, rows_per_block, partial, [&](std::int64_t r, A* d_w) {
       A* const d_b = d_w + width;
       A const rstd = in.rstd(r), mean = in.mean(r);
       V sum_g = 0, sum_gn = 0;

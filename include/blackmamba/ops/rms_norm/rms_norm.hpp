@@ -2,6 +2,7 @@
 #include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/row_blocks.hpp>
 #include <blackmamba/core/workspace.hpp>
 
 namespace blackmamba {
@@ -50,7 +51,7 @@ struct rms_norm {
   };
   /// d_s = d_residual + rstd (weight d_y - s rstd^2 mean(s weight d_y))      may alias d_residual, or d_y where S is T
   /// d_weight += sum over rows of d_y s rstd
-  /// scratch_bytes<T>(R, D) of scratch.
+  /// scratch_bytes<T, memory space>(R, D) of scratch.
   template <device_policy P, storage T, storage S>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, S>> const& in,
                        out<P, S, dyn, dyn> d_s, std::type_identity_t<out<P, accum_t<T>, dyn>> d_weight) {
@@ -62,22 +63,21 @@ struct rms_norm {
     check_optional_shape("rms_norm.backward", "d_residual", in.d_residual, {rows, width});
     check_shape("rms_norm.backward", "d_weight", d_weight, {width});
     if (d_s.size() == 0) return;
-    scratch<P> memory(policy, scratch_bytes<T>(rows, width));
-    auto partial = memory.template allocate<accum_t<T>>(partial_rows(rows), width);
+    using space = typename P::memory_space;
+    scratch<P> memory(policy, scratch_bytes<T, space>(rows, width));
+    auto partial = memory.template allocate<accum_t<T>>(row_blocks<space>::count(rows), width);
     backend_of<rms_norm, P>::backward(policy, in, d_s, d_weight, partial);
   }
 
-  /// The weight's gradient is summed over blocks of this many rows, then over blocks, in order.
-  static constexpr std::int64_t rows_per_partial = 64;
-  static constexpr std::int64_t partial_rows(std::int64_t rows) {
-    return (rows + rows_per_partial - 1) / rows_per_partial;
-  }
-  template <storage T>
+  template <storage T, class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t width) {
-    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(partial_rows(rows) * width));
+    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(row_blocks<Space>::count(rows) * width));
   }
 };
 
 }  // namespace blackmamba
 
 #include <blackmamba/ops/rms_norm/rms_norm_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/rms_norm/rms_norm_cuda.cuh>
+#endif

@@ -41,7 +41,8 @@ struct backend<rms_norm, device::cpu> {
     using A = accum_t<T>;
     using V = simd::pack<A>;
     std::int64_t const rows = d_s.extent(0), width = d_s.extent(1);
-    cpu::for_row_blocks(policy.threads, rows, rms_norm::rows_per_partial, partial, [&](std::int64_t r, A* d_w) {
+    std::int64_t const rows_per_block = row_blocks<space::host>::rows_per_block(rows);
+    cpu::for_row_blocks(policy.threads, rows, rows_per_block, partial, [&](std::int64_t r, A* d_w) {
       A const rstd = in.rstd(r);
       V dot = 0;
       simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
