@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/cuda/gemm_library_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_mma_cuda.cuh>
+#include <blackmamba/core/cuda/gemm_narrow_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_tiles_cuda.cuh>
 #include <blackmamba/core/cuda/product_cuda.cuh>
 #include <blackmamba/core/view.hpp>
@@ -14,31 +15,42 @@ namespace blackmamba::cuda {
 /// Scratch memory that a product may use: more of it means more ways to share a product among the multiprocessors.
 using gemm_workspace = view<space::device, std::byte, dyn>;
 
-/// Enqueues one product. Arithmetic in accum_t<TC> (float: true float, no TF32). Bitwise repeatable on one kind of
-/// device; the way that is taken, and so the bits, depend on shape, strides, alignment and the workspace's size.
-/// @throws cuda_error naming the operator
-template <class TA, class TB, class TC>
-void gemm(char const* op, device::cuda const& policy, product<TA, TB, TC> const& x, gemm_workspace workspace = {}) {
+namespace detail {
+/// A B^T of 16-bit operands.
+template <transpose TransposeA, transpose TransposeB, class TA, class TB>
+inline constexpr bool rows_by_rows =
+    TransposeA == transpose::no&& TransposeB == transpose::yes&& tensor_core_operand<TA>&& std::is_same_v<TA, TB>;
+}  // namespace detail
+
+/// Enqueues one product; the layout is static: TransposeA, TransposeB are those of x. Arithmetic in accum_t<TC> (float:
+/// true float, no TF32). Bitwise repeatable on one kind of device; the way that is taken, and so the bits, depend on
+/// shape, strides, alignment and the workspace's size. @throws cuda_error naming the operator
+template <transpose TransposeA, transpose TransposeB, class TA, class TB, class TC>
+void gemm(char const* op, device::cuda const& policy, product<TA, TB, TC> x, gemm_workspace workspace = {}) {
   if (x.m <= 0 || x.n <= 0) return;
+  x.ta = TransposeA;
+  x.tb = TransposeB;
   auto const bytes = static_cast<std::size_t>(workspace.size());
+  if constexpr (detail::rows_by_rows<TransposeA, TransposeB, TA, TB>)
+    if (detail::narrow_product(op, policy, x)) return;
   if (detail::library_product(op, policy, x, workspace.data(), bytes)) return;
-  // The library adds no float bias to a 16-bit result.
   if constexpr (tensor_core_operand<TA> && std::is_same_v<TA, TB> && std::is_same_v<TA, TC>)
-    if (x.bias && x.ta == transpose::no && x.tb == transpose::yes &&
-        detail::mma_product_if_aligned<true, true>(op, policy, x))
+    if (detail::mma_product_if_possible<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x))
       return;
   detail::tiles_product(op, policy, x, workspace.data(), bytes);
 }
 
-/// Enqueues the products of all groups, whose sizes lie on the device. The layout is static: TransposeA, TransposeB are
-/// those of x. An element of C is summed in an order that depends on nothing but the alignment of the operands.
+/// Enqueues the products of all groups, whose sizes lie on the device. An element of C is summed in an order that
+/// depends on the layout and on whether there are few rows in all.
 template <transpose TransposeA, transpose TransposeB, class TA, class TB, class TC>
 void gemm_groups(char const* op, device::cuda const& policy, product<TA, TB, TC> x) {
   if (x.m <= 0 || x.n <= 0 || x.groups.count <= 0) return;
   x.ta = TransposeA;
   x.tb = TransposeB;
+  if constexpr (detail::rows_by_rows<TransposeA, TransposeB, TA, TB>)
+    if (detail::narrow_product(op, policy, x)) return;
   if constexpr (tensor_core_operand<TA> && std::is_same_v<TA, TB>)
-    if (detail::mma_product_if_aligned<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x))
+    if (detail::mma_product_if_possible<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x))
       return;
   detail::tiles_product(op, policy, x, nullptr, 0);
 }

@@ -185,12 +185,15 @@ class gemm_library {
 };
 
 /// Enqueues the product where the library can: no groups, operands of one type, a result of that type or of its
-/// accumulation type, and a bias only where the result is of the bias's type.
+/// accumulation type, a bias only where the result is of the bias's type, and no sum with 16-bit elements of C, before
+/// which it would round the product.
 template <class TA, class TB, class TC>
 bool library_product(char const* op, device::cuda const& policy, product<TA, TB, TC> const& x, void* workspace,
                      std::size_t workspace_bytes) {
   if constexpr (std::is_same_v<TA, TB> && (std::is_same_v<TC, TA> || std::is_same_v<TC, accum_t<TA>>)) {
-    if (x.groups.by != grouping::none || x.k == 0 || (x.bias && !std::is_same_v<TC, accum_t<TC>>)) return false;
+    if (x.groups.by != grouping::none || x.k == 0 ||
+        (!std::is_same_v<TC, accum_t<TC>> && (x.bias || x.mode == update::accumulate)))
+      return false;
     bool const done = gemm_library::instance().run(op, policy.stream,
                                                    {.operands = library_type<TA>(),
                                                     .result = library_type<TC>(),

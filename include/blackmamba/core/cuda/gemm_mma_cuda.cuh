@@ -34,21 +34,48 @@ struct operand_tile {
   __device__ __forceinline__ static std::uint32_t offset(int row, int chunk) {
     return static_cast<std::uint32_t>(row * chunks + (chunk ^ (row & 7))) * 16;
   }
-  /// Starts the copies of [from, from + Extent) x [p, p + depth), with zeros from `end` and p_end on.
+  /// Starts the copies of [from, from + Extent) x [p, p + depth), with zeros from `end` and p_end on. `unit`: the bytes
+  /// that rows are aligned to, 16 to 2.
   template <class T>
-  __device__ __forceinline__ static void copy(std::uint32_t to, T const* x, std::int64_t stride, std::int64_t from,
-                                              std::int64_t end, std::int64_t p, std::int64_t p_end) {
+  __device__ __forceinline__ static void copy(std::uint32_t to, T const* x, std::int64_t stride, int unit,
+                                              std::int64_t from, std::int64_t end, std::int64_t p, std::int64_t p_end) {
     int const chunk = static_cast<int>(threadIdx.x) % chunks, row = static_cast<int>(threadIdx.x) / chunks;
     // The stored matrix has rows from `first` on and columns from `column` on.
     std::int64_t const first = (Along ? from : p) + row, column = (Along ? p : from) + chunk * 8;
     std::int64_t const rows_left = (Along ? end : p_end) - first, columns_left = (Along ? p_end : end) - column;
     int const bytes = columns_left >= 8 ? 16 : columns_left > 0 ? static_cast<int>(columns_left) * 2 : 0;
     T const* const source = x + first * stride + column;
+    if (unit == 16) {
 #pragma unroll
-    for (int i = 0; i < copies; ++i) {
-      bool const inside = i * rows_apart < rows_left && bytes > 0;
-      copy_async(to + offset(row + i * rows_apart, chunk), inside ? source + i * rows_apart * stride : x,
-                 inside ? bytes : 0);
+      for (int i = 0; i < copies; ++i) {
+        bool const inside = i * rows_apart < rows_left && bytes > 0;
+        copy_async(to + offset(row + i * rows_apart, chunk), inside ? source + i * rows_apart * stride : x,
+                   inside ? bytes : 0);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < copies; ++i)
+        copy_pieces(to + offset(row + i * rows_apart, chunk), x, source + i * rows_apart * stride, unit,
+                    i * rows_apart < rows_left ? bytes : 0);
+    }
+  }
+
+ private:
+  template <class T>
+  __device__ __forceinline__ static void copy_pieces(std::uint32_t to, T const* x, T const* source, int unit,
+                                                     int bytes) {
+#pragma unroll 1
+    for (int i = 0; i < 8; i += unit / 2) {
+      int const valid = min(max(bytes - 2 * i, 0), unit);
+      T const* const from = valid > 0 ? source + i : x;
+      if (unit == 8) {
+        copy_async_small<8>(to + 2 * i, from, valid);
+      } else if (unit == 4) {
+        copy_async_small<4>(to + 2 * i, from, valid);
+      } else {
+        std::uint16_t const bits = valid > 0 ? from->bits : std::uint16_t{0};
+        asm volatile("st.shared.b16 [%0], %1;" ::"r"(to + 2 * i), "h"(bits) : "memory");
+      }
     }
   }
 };
@@ -134,7 +161,8 @@ __device__ __forceinline__ void store_fragments(float (&sum)[Tiles][4], TC* c, s
 
 /// AlongA, AlongB: whether the depth is what lies contiguous in A and B.
 template <class T, class TC, bool AlongA, bool AlongB>
-__global__ void __launch_bounds__(mma::threads, 1) mma_product(product<T, T, TC> x, int stages, bool wide) {
+__global__ void __launch_bounds__(mma::threads, 1)
+    mma_product(product<T, T, TC> x, int stages, int a_unit, int b_unit, bool wide) {
   using a_tile = mma::operand_tile<mma::rows, AlongA>;
   using b_tile = mma::operand_tile<mma::columns, AlongB>;
   constexpr std::uint32_t a_bytes = mma::rows * mma::depth * 2;
@@ -152,8 +180,8 @@ __global__ void __launch_bounds__(mma::threads, 1) mma_product(product<T, T, TC>
       std::uint32_t const stage = memory + static_cast<std::uint32_t>(write * mma::stage_bytes);
       auto const& t = ahead.tile;
       T const* const b = x.b + (x.groups.by == grouping::rows ? t.group * x.groups.b_apart : 0);
-      a_tile::copy(stage, x.a, x.lda, t.row, t.row_end, ahead.p, t.depth_end);
-      b_tile::copy(stage + a_bytes, b, x.ldb, t.column, x.n, ahead.p, t.depth_end);
+      a_tile::copy(stage, x.a, x.lda, a_unit, t.row, t.row_end, ahead.p, t.depth_end);
+      b_tile::copy(stage + a_bytes, b, x.ldb, b_unit, t.column, x.n, ahead.p, t.depth_end);
       ahead.step(x);
     }
     commit_copies();  // an empty group where nothing is left: the count of groups stays one for each step
@@ -217,11 +245,14 @@ __global__ void __launch_bounds__(mma::threads, 1) mma_product(product<T, T, TC>
   wait_for_copies<0>();
 }
 
-/// Whether every row of an operand can be copied in chunks of 16 bytes.
+/// Bytes, at most 16, that all of an operand's rows are aligned to.
 template <class T>
-bool rows_in_chunks(T const* x, std::int64_t stride, std::int64_t apart) {
-  constexpr std::int64_t chunk = 16 / sizeof(T);
-  return reinterpret_cast<std::uintptr_t>(x) % 16 == 0 && stride % chunk == 0 && apart % chunk == 0;
+int row_alignment(T const* x, std::int64_t stride, std::int64_t apart) {
+  auto const together = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(x)) |
+                        static_cast<std::uint64_t>(stride) * sizeof(T) | static_cast<std::uint64_t>(apart) * sizeof(T);
+  int bytes = 16;
+  while (together % static_cast<unsigned>(bytes) != 0) bytes /= 2;
+  return bytes;
 }
 /// Whether C takes the widest stores of store_fragments.
 template <class TC>
@@ -230,18 +261,17 @@ bool stores_wide(TC const* c, std::int64_t stride, std::int64_t apart) {
   return reinterpret_cast<std::uintptr_t>(c) % (width * sizeof(TC)) == 0 && stride % width == 0 && apart % width == 0;
 }
 
-/// Enqueues the product where operands are aligned and there is a depth. False elsewhere.
+/// Enqueues the product where there is a depth and the device has the instructions. False elsewhere.
 template <bool AlongA, bool AlongB, class T, class TC>
-bool mma_product_if_aligned(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
-  if (x.k <= 0 || !rows_in_chunks(x.a, x.lda, 0) || !rows_in_chunks(x.b, x.ldb, x.groups.b_apart)) return false;
+bool mma_product_if_possible(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
   auto const& device = properties();
-  if (device.major < 8) return false;
   int const stages = std::min(mma::most_stages, device.shared_bytes_per_block / mma::stage_bytes);
-  if (stages < 2) return false;
+  if (x.k <= 0 || device.major < 8 || stages < 2) return false;
   std::int64_t const tiles = most_tiles<mma::rows, mma::columns>(x);
   auto const blocks = static_cast<unsigned>(std::min<std::int64_t>(tiles, device.multiprocessors));
   launch(op, policy, {blocks, mma::threads, static_cast<std::size_t>(stages * mma::stage_bytes)},
-         mma_product<T, TC, AlongA, AlongB>, x, stages, stores_wide(x.c, x.ldc, x.groups.c_apart));
+         mma_product<T, TC, AlongA, AlongB>, x, stages, row_alignment(x.a, x.lda, 0),
+         row_alignment(x.b, x.ldb, x.groups.b_apart), stores_wide(x.c, x.ldc, x.groups.c_apart));
   return true;
 }
 

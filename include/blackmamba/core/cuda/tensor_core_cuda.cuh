@@ -19,6 +19,11 @@ __device__ __forceinline__ std::uint32_t shared_address(void const* p) {
 __device__ __forceinline__ void copy_async(std::uint32_t to, void const* from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
 }
+/// As copy_async, of 8 or 4 bytes.
+template <int Bytes>
+__device__ __forceinline__ void copy_async_small(std::uint32_t to, void const* from, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(Bytes), "r"(valid) : "memory");
+}
 /// Closes a group of copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most `Pending` of this thread's latest groups are under way.
