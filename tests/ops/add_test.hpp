@@ -6,7 +6,7 @@ using namespace blackmamba;
 
 TEST_CASE_TEMPLATE("add: equals its definition, in place and strided", T, STORAGE_TYPES) {
   for (std::int64_t rows : {0, 1, 3, 130})
-    for (std::int64_t width : {1, 15, 16, 17, 65}) {
+    for (std::int64_t width : {1, 15, 16, 17, 64, 65, 2056}) {
       auto const a = test::rounded<T>(test::random_normal(rows * width, 1));
       auto const b = test::rounded<T>(test::random_normal(rows * width, 2));
       test::values sum(a.size());
@@ -18,6 +18,20 @@ TEST_CASE_TEMPLATE("add: equals its definition, in place and strided", T, STORAG
       test::check_close(test::download(y), sum, test::tolerance<T>());
       add::forward(make_policy(), da, db, da.as_view());
       test::check_equal(test::download(da), test::download(y), "in place");
+
+      // Columns of wider matrices.
+      auto const wide =
+          test::upload<T>(test::values(static_cast<std::size_t>(rows * (width + 16)), 1.0), rows, width + 16);
+      add::forward(make_policy(), y, db, wide.columns(8, width));
+      add::forward(make_policy(), wide.columns(8, width), db, wide.columns(8, width));
+      auto const after = test::download(wide);
+      add::forward(make_policy(), y, db, y.as_view());
+      add::forward(make_policy(), y, db, y.as_view());
+      auto const twice = test::download(y);
+      for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t j = 0; j < width + 16; ++j)
+          REQUIRE(after[static_cast<std::size_t>(i * (width + 16) + j)] ==
+                  (j < 8 || j >= 8 + width ? 1.0 : twice[static_cast<std::size_t>(i * width + j - 8)]));
     }
 }
 

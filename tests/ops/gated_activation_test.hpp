@@ -9,16 +9,16 @@ namespace {
 /// A user's own activation: the squared rectifier (So et al., arXiv 2109.08668).
 struct squared_relu {
   template <class X>
-  static X apply(X x) {
+  BLACKMAMBA_HD static X apply(X x) {
     X const positive = max(x, X(0));
     return positive * positive;
   }
   template <class X>
-  static X derivative(X x) {
+  BLACKMAMBA_HD static X derivative(X x) {
     return X(2) * max(x, X(0));
   }
-  static float max(float a, float b) { return a > b ? a : b; }
-  static double max(double a, double b) { return a > b ? a : b; }
+  BLACKMAMBA_HD static float max(float a, float b) { return a > b ? a : b; }
+  BLACKMAMBA_HD static double max(double a, double b) { return a > b ? a : b; }
   template <class X>
   requires(!std::is_arithmetic_v<X>) static X max(X a, X b) { return select(a > b, a, b); }
 };
@@ -72,7 +72,7 @@ gradients run_backward(test::values const& gate, test::values const& up, test::v
 template <class Activation, class T>
 void check_definition() {
   for (std::int64_t rows : {0, 1, 5, 70})
-    for (std::int64_t width : {0, 1, 15, 16, 17, 384, 5000}) {
+    for (std::int64_t width : {0, 1, 15, 16, 17, 32, 384, 5000}) {
       if (rows * width > 30000) continue;
       auto const gate = test::rounded<T>(test::random_normal(rows * width, 1, 3.0));
       auto const up = test::rounded<T>(test::random_normal(rows * width, 2));
@@ -155,19 +155,61 @@ TEST_CASE_TEMPLATE("gated_activation: halves of one projection, in place, in bot
                                               again.columns(0, width));
   test::check_equal(test::download(again), side_by_side(run<activation::silu, T>(gate, up, rows, width), up), "y");
 }
-TEST_CASE("gated_activation: the same bits for any number of threads") {
+TEST_CASE_TEMPLATE("gated_activation: rows that begin anywhere", T, STORAGE_TYPES) {
+  std::int64_t const rows = 37, width = 300;
+  auto const gate = test::rounded<T>(test::random_normal(rows * width, 1));
+  auto const up = test::rounded<T>(test::random_normal(rows * width, 2));
+  auto const y = run<activation::silu, T>(gate, up, rows, width);
+  auto const g = run_backward<activation::silu, T>(gate, up, y, rows, width);
+  // The same matrices as columns [first, first + width) of wider ones, NaN around them.
+  for (std::int64_t first : {0, 1, 3, 8})
+    for (std::int64_t pitch : {308, 311, 320}) {
+      auto const inside = [&](test::values const& x) {
+        test::values wide(static_cast<std::size_t>(rows * pitch), std::numeric_limits<double>::quiet_NaN());
+        for (std::int64_t r = 0; r < rows; ++r)
+          std::copy_n(x.begin() + r * width, width, wide.begin() + r * pitch + first);
+        return test::upload<T>(wide, rows, pitch);
+      };
+      auto const outside = [&](auto const& x) {
+        auto const wide = test::download(x);
+        test::values inner;
+        std::size_t numbers = 0;
+        for (double v : wide) numbers += !std::isnan(v);
+        for (std::int64_t r = 0; r < rows; ++r)
+          inner.insert(inner.end(), wide.begin() + r * pitch + first, wide.begin() + r * pitch + first + width);
+        CHECK(numbers == inner.size());  // nothing is written beside the columns
+        return inner;
+      };
+      auto const wide_gate = inside(gate), wide_up = inside(up), wide_y = inside(y);
+      auto const result = test::poisoned<T>(rows, pitch), d_gate = test::poisoned<T>(rows, pitch),
+                 d_up = test::poisoned<T>(rows, pitch);
+      auto const part = [&](auto const& x) { return x.columns(first, width); };
+      gated_activation::forward<activation::silu>(make_policy(), part(wide_gate), part(wide_up), part(result));
+      test::check_equal(outside(result), y, "y");
+      gated_activation::backward<activation::silu, test_policy, T>(
+          make_policy(), {.gate = part(wide_gate), .up = part(wide_up), .d_y = part(wide_y)},
+          {.d_gate = part(d_gate), .d_up = part(d_up)});
+      test::check_equal(outside(d_gate), g.d_gate, "d_gate");
+      test::check_equal(outside(d_up), g.d_up, "d_up");
+    }
+}
+TEST_CASE_TEMPLATE("gated_activation: the same bits in every run, for any number of threads", P, test_policy) {
   std::int64_t const rows = 100, width = 333;
   auto const gate = test::random_normal(rows * width, 1);
   auto const one = run<activation::gelu, float>(gate, gate, rows, width);
   auto const back = run_backward<activation::gelu, float>(gate, gate, gate, rows, width);
-  if constexpr (requires(test_policy t) { t.threads; })
+  auto const check_again = [&](test_policy const& policy) {
+    test::check_equal(run<activation::gelu, float>(gate, gate, rows, width, policy), one, "y");
+    auto const again = run_backward<activation::gelu, float>(gate, gate, gate, rows, width, policy);
+    test::check_equal(again.d_gate, back.d_gate, "d_gate");
+    test::check_equal(again.d_up, back.d_up, "d_up");
+  };
+  check_again(make_policy());
+  if constexpr (requires(P p) { p.threads; })
     for (int threads : {1, 2, 5}) {
-      test_policy policy = make_policy();
+      P policy = make_policy();
       policy.threads = threads;
-      test::check_equal(run<activation::gelu, float>(gate, gate, rows, width, policy), one, "y");
-      auto const again = run_backward<activation::gelu, float>(gate, gate, gate, rows, width, policy);
-      test::check_equal(again.d_gate, back.d_gate, "d_gate");
-      test::check_equal(again.d_up, back.d_up, "d_up");
+      check_again(policy);
     }
 }
 TEST_CASE("gated_activation: shapes that disagree are named") {

@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/reduce_cuda.cuh>
+#include <blackmamba/core/cuda/stored_pack_cuda.cuh>
 #include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/core/math.hpp>
 #include <blackmamba/core/numeric.hpp>
@@ -85,32 +86,40 @@ __global__ void __launch_bounds__(1024) norm_forward_in_registers(norm_forward_a
   using A = accum_t<T>;
   __shared__ A memory[32];
   int const lane = static_cast<int>(threadIdx.x) % lanes, width = static_cast<int>(a.y.extent(1));
-  std::int64_t const r = std::int64_t{blockIdx.x} * (static_cast<int>(blockDim.x) / lanes) +
-                         static_cast<int>(threadIdx.x) / lanes;
+  std::int64_t const r =
+      std::int64_t{blockIdx.x} * (static_cast<int>(blockDim.x) / lanes) + static_cast<int>(threadIdx.x) / lanes;
   bool const live = r < a.y.extent(0);
+  int const mine = lane * N, step = lanes * N;  // the thread's columns: N from mine + k step on
+  stored_pack<N, T> x[K];
+  stored_pack<N, A> residual[K];
+  T const* const x_row = a.x.row(live ? r : 0);
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (live && mine + k * step < width) x[k].load(x_row + mine + k * step);
+  if (a.residual.present()) {
+    A const* const residual_row = a.residual.row(live ? r : 0);
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (live && mine + k * step < width) residual[k].load(residual_row + mine + k * step);
+  }
   pack<A, N> s[K];
-  A total[1] = {0};
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    int const c = (k * lanes + lane) * N;
-    if (live && c < width) s[k] = load_pack<N>(a.x.row(r) + c);
-  }
-  if (a.residual.present()) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      int const c = (k * lanes + lane) * N;
-      if (live && c < width) {
-        auto const other = load_pack<N>(a.residual.row(r) + c);
+    if (live && mine + k * step < width) {
+      s[k] = x[k].widened();
+      if (a.residual.present()) {
+        auto const other = residual[k].widened();
 #pragma unroll
         for (int i = 0; i < N; ++i) s[k][i] += other[i];
       }
     }
   }
+  A total[1] = {0};
   A mean = 0;
   if constexpr (Centred) {
 #pragma unroll
     for (int k = 0; k < K; ++k)
-      if (live && (k * lanes + lane) * N < width)
+      if (live && mine + k * step < width)
 #pragma unroll
         for (int i = 0; i < N; ++i) total[0] += s[k][i];
     sum_over_lanes(total, lanes, memory);
@@ -119,17 +128,19 @@ __global__ void __launch_bounds__(1024) norm_forward_in_registers(norm_forward_a
   }
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    if (live && (k * lanes + lane) * N < width)
+    if (live && mine + k * step < width)
 #pragma unroll
       for (int i = 0; i < N; ++i) total[0] = math::fma(s[k][i] - mean, s[k][i] - mean, total[0]);
   sum_over_lanes(total, lanes, memory);
   if (!live) return;
   A const rstd = A(1) / math::sqrt(total[0] / static_cast<A>(width) + a.eps);
+  T* const y = a.y.row(r);
+  A* const sum = a.sum.present() ? a.sum.row(r) : nullptr;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    int const c = (k * lanes + lane) * N;
+    int const c = mine + k * step;
     if (c >= width) continue;
-    if (a.sum.present()) store_pack<N>(a.sum.row(r) + c, s[k]);
+    if (sum) store_pack<N>(sum + c, s[k]);
     auto const weight = load_pack<N>(a.weight.data() + c);
 #pragma unroll
     for (int i = 0; i < N; ++i) s[k][i] = (s[k][i] - mean) * rstd * weight[i];
@@ -138,7 +149,7 @@ __global__ void __launch_bounds__(1024) norm_forward_in_registers(norm_forward_a
 #pragma unroll
       for (int i = 0; i < N; ++i) s[k][i] += bias[i];
     }
-    store_pack<N>(a.y.row(r) + c, s[k]);
+    store_pack<N>(y + c, s[k]);
   }
   store_scalar(a.rstd, r, lane, rstd);
   if constexpr (Centred) store_scalar(a.mean, r, lane, mean);
@@ -150,8 +161,8 @@ __global__ void __launch_bounds__(512) norm_forward_passing(norm_forward_argumen
   using A = accum_t<T>;
   __shared__ A memory[16];
   int const lane = static_cast<int>(threadIdx.x) % lanes;
-  std::int64_t const r = std::int64_t{blockIdx.x} * (static_cast<int>(blockDim.x) / lanes) +
-                         static_cast<int>(threadIdx.x) / lanes;
+  std::int64_t const r =
+      std::int64_t{blockIdx.x} * (static_cast<int>(blockDim.x) / lanes) + static_cast<int>(threadIdx.x) / lanes;
   bool const live = r < a.y.extent(0);
   std::int64_t const width = live ? a.y.extent(1) : 0;
   T const* const x = live ? a.x.row(r) : nullptr;
@@ -195,7 +206,8 @@ __global__ void __launch_bounds__(1024)
   int const groups = static_cast<int>(blockDim.x) / lanes, width = static_cast<int>(a.d_s.extent(1));
   std::int64_t const first = std::int64_t{blockIdx.x} * rows_per_block;
   std::int64_t const last = first + rows_per_block < a.d_s.extent(0) ? first + rows_per_block : a.d_s.extent(0);
-  pack<A, N> d_parameter[M][K];  // of the weight, of the bias
+  int const mine = lane * N, step = lanes * N;  // the thread's columns: N from mine + k step on
+  pack<A, N> d_parameter[M][K];                 // of the weight, of the bias
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -205,29 +217,36 @@ __global__ void __launch_bounds__(1024)
   for (std::int64_t base = first; base < last; base += groups) {
     std::int64_t const r = base + group;
     bool const live = r < last;
-    pack<A, N> normalised[K], g[K], d[K];
+    stored_pack<N, S> s[K];
+    stored_pack<N, T> d_y[K];
+    stored_pack<N, A> d_residual[K];
+    S const* const s_row = a.sum.row(live ? r : first);
+    T const* const d_y_row = a.d_y.row(live ? r : first);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      int const c = (k * lanes + lane) * N;
+      int const c = mine + k * step;
       if (live && c < width) {
-        normalised[k] = load_pack<N>(a.sum.row(r) + c);
-        g[k] = load_pack<N>(a.d_y.row(r) + c);
-        if (a.d_residual.present()) {
-          d[k] = load_pack<N>(a.d_residual.row(r) + c);
-        } else {
-#pragma unroll
-          for (int i = 0; i < N; ++i) d[k][i] = 0;
-        }
+        s[k].load(s_row + c);
+        d_y[k].load(d_y_row + c);
       }
+    }
+    if (a.d_residual.present()) {
+      A const* const d_residual_row = a.d_residual.row(live ? r : first);
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (live && mine + k * step < width) d_residual[k].load(d_residual_row + mine + k * step);
     }
     A const rstd = live ? a.rstd(r) : A(0);
     A mean = 0;
     if constexpr (Centred) mean = live ? a.mean(r) : A(0);
+    pack<A, N> normalised[K], g[K];
     A total[M] = {};  // of g normalised, of g
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      int const c = (k * lanes + lane) * N;
+      int const c = mine + k * step;
       if (live && c < width) {
+        normalised[k] = s[k].widened();
+        g[k] = d_y[k].widened();
         auto const weight = load_pack<N>(a.weight.data() + c);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -244,13 +263,19 @@ __global__ void __launch_bounds__(1024)
     A const mean_gn = total[0] / static_cast<A>(width);
     A mean_g = 0;
     if constexpr (Centred) mean_g = total[1] / static_cast<A>(width);
+    S* const d_s = a.d_s.row(live ? r : first);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      int const c = (k * lanes + lane) * N;
+      int const c = mine + k * step;
       if (live && c < width) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) d[k][i] += (g[k][i] - mean_g - normalised[k][i] * mean_gn) * rstd;
-        store_pack<N>(a.d_s.row(r) + c, d[k]);
+        for (int i = 0; i < N; ++i) g[k][i] = (g[k][i] - mean_g - normalised[k][i] * mean_gn) * rstd;
+        if (a.d_residual.present()) {
+          auto const through = d_residual[k].widened();
+#pragma unroll
+          for (int i = 0; i < N; ++i) g[k][i] += through[i];
+        }
+        store_pack<N>(d_s + c, g[k]);
       }
     }
   }
@@ -260,7 +285,7 @@ __global__ void __launch_bounds__(1024)
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        int const c = (k * lanes + lane) * N;
+        int const c = mine + k * step;
         if (c < width) store_pack<N>(partial + m * width + c, d_parameter[m][k]);
       }
     return;
@@ -270,12 +295,11 @@ __global__ void __launch_bounds__(1024)
   for (int m = 0; m < M; ++m) {
     if (m > 0) __syncthreads();
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      store_pack<N>(column_sums + (group * K * lanes + k * lanes + lane) * N, d_parameter[m][k]);
+    for (int k = 0; k < K; ++k) store_pack<N>(column_sums + (group * K + k) * step + mine, d_parameter[m][k]);
     __syncthreads();
     for (int c = static_cast<int>(threadIdx.x); c < width; c += static_cast<int>(blockDim.x)) {
       A sum = column_sums[c];
-      for (int other = 1; other < groups; ++other) sum += column_sums[other * K * lanes * N + c];
+      for (int other = 1; other < groups; ++other) sum += column_sums[other * K * step + c];
       partial[m * width + c] = sum;
     }
   }

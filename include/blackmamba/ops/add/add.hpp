@@ -18,3 +18,6 @@ struct add {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/add/add_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/add/add_cuda.cuh>
+#endif

@@ -117,3 +117,6 @@ struct gated_activation {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/gated_activation/gated_activation_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/gated_activation/gated_activation_cuda.cuh>
+#endif
