@@ -196,7 +196,7 @@ TEST_CASE("adamw: the norm is exact to its last digit, at every size") {
   CHECK(std::isnan(run_norm<float>({1, std::numeric_limits<double>::quiet_NaN(), 2})));
   CHECK(std::isinf(run_norm<float>({1, -std::numeric_limits<double>::infinity(), 2})));
 }
-TEST_CASE("adamw: the same bits for any number of threads") {
+TEST_CASE_TEMPLATE("adamw: the same bits in every run, for any number of threads", P, test_policy) {
   std::int64_t const n = 50001;
   auto const start = random_state(n);
   auto const gradient = test::random_normal(n, 5);
@@ -204,14 +204,18 @@ TEST_CASE("adamw: the same bits for any number of threads") {
   adamw::options const o{.learning_rate = 0.1, .step = 3, .max_norm = 1.0};
   on_device<float> one(start);
   one.step(gradient, norm_of(gradient), groups, o);
-  if constexpr (requires(test_policy t) { t.threads; })
+  auto const check_again = [&](test_policy const& policy) {
+    on_device<float> again(start);
+    again.step(gradient, norm_of(gradient), groups, o, policy);
+    check_same(again.values(), one.values());
+    CHECK(run_norm<float>(gradient, policy) == run_norm<float>(gradient));
+  };
+  check_again(make_policy());
+  if constexpr (requires(P p) { p.threads; })
     for (int threads : {1, 2, 5}) {
-      test_policy policy = make_policy();
+      P policy = make_policy();
       policy.threads = threads;
-      on_device<float> again(start);
-      again.step(gradient, norm_of(gradient), groups, o, policy);
-      check_same(again.values(), one.values());
-      CHECK(run_norm<float>(gradient, policy) == run_norm<float>(gradient));
+      check_again(policy);
     }
 }
 TEST_CASE("adamw: scratch is exact") {
@@ -245,4 +249,48 @@ TEST_CASE("adamw: shapes, groups and options that do not fit are named") {
         "adamw: step: got 0.000000, expected at least 1");
   CHECK(message(four, one, {{4, 0.0}}, {.learning_rate = 0.1, .beta1 = 1}) ==
         "adamw: beta1: got 1.000000, expected in [0, 1)");
+}
+TEST_CASE_TEMPLATE("adamw: a schedule in memory is what options say, to the bit", T, float, bfloat16, double) {
+  using A = accum_t<T>;
+  std::int64_t const n = 1003;
+  auto const start = random_state(n);
+  auto const gradient = test::random_normal(n, 5);
+  std::vector<adamw::group> const groups = {{.end = 400, .weight_decay = 0.1},
+                                            {.end = n, .weight_decay = 0, .learning_rate_scale = 0.5}};
+  adamw::options const o{.learning_rate = 0.1, .step = 7};
+  on_device<T> by_options(start), by_schedule(start);
+  by_options.step(gradient, norm_of(gradient), groups, o);
+  auto const numbers = adamw::schedule_of(o);
+  auto const schedule = test::upload<double>({numbers.begin(), numbers.end()}, 3);
+  auto const g = test::upload<A>(gradient, n);
+  adamw::step<test_policy, T>(make_policy(),
+                              {.parameter = by_schedule.parameter,
+                               .gradient = g,
+                               .first_moment = by_schedule.first_moment,
+                               .second_moment = by_schedule.second_moment,
+                               .schedule = schedule},
+                              {}, groups, {.learning_rate = 99, .step = 1});
+  check_same(by_schedule.values(), by_options.values());
+}
+TEST_CASE("adamw: more groups than one launch takes, and arrays that are not aligned") {
+  std::int64_t const n = 997, shift = 1;
+  auto const start = random_state(n + shift);
+  auto const gradient = test::random_normal(n + shift, 5);
+  std::vector<adamw::group> groups;
+  for (std::int64_t i = 1; i <= 20; ++i)
+    groups.push_back({.end = n * i / 20, .weight_decay = 0.01 * static_cast<double>(i)});
+  adamw::options const o{.learning_rate = 0.1, .step = 2};
+  auto const tail = [](test::values const& v) { return test::values(v.begin() + 1, v.end()); };
+  on_device<float> straight({tail(start.parameter), tail(start.first_moment), tail(start.second_moment)});
+  straight.step(tail(gradient), 1, groups, o);
+  on_device<float> shifted(start);
+  auto const g = test::upload<float>(gradient, n + shift);
+  adamw::step<test_policy, float>(make_policy(),
+                                  {.parameter = shifted.parameter.slice(shift, n),
+                                   .gradient = g.slice(shift, n),
+                                   .first_moment = shifted.first_moment.slice(shift, n),
+                                   .second_moment = shifted.second_moment.slice(shift, n)},
+                                  {}, groups, o);
+  auto const after = shifted.values();
+  check_same({tail(after.parameter), tail(after.first_moment), tail(after.second_moment)}, straight.values());
 }

@@ -4,7 +4,10 @@
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
 
+#include <array>
+#include <cmath>
 #include <span>
+#include <string>
 
 namespace blackmamba {
 
@@ -40,7 +43,14 @@ struct adamw {
     out<P, accum_t<T>, dyn> first_moment;   // (n)  in and out; zeros before the first step
     out<P, accum_t<T>, dyn> second_moment;  // (n)  in and out; zeros before the first step
     out<P, T, dyn> copy = {};               // (n)  optional: the new parameters, rounded to storage
+    in<P, double, dyn> schedule = {};       // (3)  optional: in place of options::learning_rate and options::step
   };
+  /// What changes from step to step, as three numbers: eta, 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t). A step that is
+  /// recorded once and replayed reads them from memory.
+  static std::array<double, 3> schedule_of(options const& how) {
+    double const t = static_cast<double>(how.step);
+    return {how.learning_rate, 1 / (1 - std::pow(how.beta1, t)), 1 / std::sqrt(1 - std::pow(how.beta2, t))};
+  }
 
   /// @param norm (1) the gradient's norm over everything that is clipped together; may be absent where max_norm is 0. A
   /// norm that is not finite leaves every tensor unchanged.
@@ -55,6 +65,7 @@ struct adamw {
     check_shape("adamw", "second_moment", on.second_moment, {n});
     check_optional_shape("adamw", "copy", on.copy, {n});
     check_optional_shape("adamw", "norm", norm, {1});
+    check_optional_shape("adamw", "schedule", on.schedule, {3});
     check_that(norm.present() || how.max_norm == 0, "adamw", "norm", "no view", "a view, because max_norm is not 0");
     std::int64_t end = 0;
     for (auto const& g : groups) {
@@ -99,3 +110,7 @@ struct adamw {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/adamw/adamw_cpu.hpp>
+
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/adamw/adamw_cuda.cuh>
+#endif

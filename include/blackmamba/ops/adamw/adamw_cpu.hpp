@@ -22,16 +22,17 @@ struct backend<adamw, device::cpu> {
       if (!std::isfinite(length)) return;
       if (how.max_norm > 0 && length > how.max_norm) clip = how.max_norm / length;
     }
-    double const t = static_cast<double>(how.step);
     // eta m' / (sqrt(v') + eps) with m' = m / c1, v' = v / c2 is (eta / c1) m / (sqrt(v) / sqrt(c2) + eps).
-    A const first_correction = static_cast<A>(1 / (1 - std::pow(how.beta1, t)));
-    A const second_correction = static_cast<A>(1 / std::sqrt(1 - std::pow(how.beta2, t)));
+    auto schedule = adamw::schedule_of(how);
+    if (on.schedule.present()) std::copy_n(on.schedule.data(), 3, schedule.begin());
+    A const first_correction = static_cast<A>(schedule[1]);
+    A const second_correction = static_cast<A>(schedule[2]);
     A const scale = static_cast<A>(clip), beta1 = static_cast<A>(how.beta1), beta2 = static_cast<A>(how.beta2);
     A const rest1 = static_cast<A>(1 - how.beta1), rest2 = static_cast<A>(1 - how.beta2);
     A const eps = static_cast<A>(how.eps);
     std::int64_t begin = 0;
     for (auto const& group : groups) {
-      double const rate = how.learning_rate * group.learning_rate_scale;
+      double const rate = schedule[0] * group.learning_rate_scale;
       A const step_size = static_cast<A>(rate) * first_correction;
       A const decay = static_cast<A>(rate * group.weight_decay);
       cpu::parallel_for(policy.threads, group.end - begin, 4096, [&](std::int64_t low, std::int64_t high) {
