@@ -315,7 +315,7 @@ TEST_CASE("selective_scan: takes the scratch that it says") {
   selective_scan::backward<16, dry, float>(
       policy, {.u = u, .delta = u, .A = A, .B = B, .C = B, .checkpoints = checkpoints, .d_y = u},
       {.d_u = u, .d_delta = u, .d_B = B, .d_C = B});
-  CHECK(arena.peak() == selective_scan::scratch_bytes<16, float>(3, 700, 100, 3));
+  CHECK(arena.peak() == selective_scan::scratch_bytes<16, float, test_policy::memory_space>(3, 700, 100, 3));
   CHECK(arena.used() == 0);
 }
 

@@ -3,6 +3,7 @@
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
+#include <blackmamba/ops/selective_scan/selective_scan_backward_tuning.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_tuning.hpp>
 
 #include <algorithm>
@@ -106,8 +107,9 @@ struct selective_scan {
     out<P, accum_t<T>, dyn, dyn, dyn> d_initial_state = {};  // (S, D, N)
   };
   /// d_z may alias z; the other gradients alias no input. All of (B, L, ...) may be slices of wider tensors.
-  /// d_B and d_C are sums over channels, in groups of group_channels, then over groups, in order.
-  /// Scratch: scratch_bytes<N, T>(B, L, D, S).
+  /// d_B and d_C are sums over channels, in groups of group_channels, then over groups, in order. On a device, groups
+  /// and the parts that sequences are cut into follow from the sizes (selective_scan_backward_tuning.hpp).
+  /// Scratch: scratch_bytes<N, T, memory space>(B, L, D, S).
   template <int N, device_policy P, storage T>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, N>> const& in,
                        std::type_identity_t<gradients<home<P>, T>> const& d) {
@@ -126,16 +128,30 @@ struct selective_scan {
     check_of_optional(op, "d_delta_bias", d.d_delta_bias, {channels}, "delta_bias", in.delta_bias.present());
     check_optional_shape(op, "d_initial_state", d.d_initial_state, {states, channels, N});
     if (batch == 0) return;
-    scratch<P> memory(policy, scratch_bytes<N, T>(batch, length, channels, states));
-    std::int64_t const parts = streams(batch, states), groups = channel_groups(channels),
-                       width = groups * group_channels;
-    workspace<home<P>, T> const work{
-        .carry = memory.template allocate<accum_t<T>>(parts, N, width),
-        .d_A = memory.template allocate<accum_t<T>>(parts, N, width),
-        .d_channel = memory.template allocate<accum_t<T>>(parts, 2, width),
-        .d_projection = memory.template allocate<accum_t<T>>(parts, band_steps(batch, length, states), groups, 2 * N),
-    };
-    backend_of<selective_scan, P>::backward(policy, in, d, work);
+    if constexpr (on_device<P>) {
+      auto const plan = device_plan<N, T>(batch, length, channels, states);
+      std::int64_t const carried = plan.cut ? plan.parts : 0;
+      scratch<P> memory(policy, scratch_bytes<N, T, space::device>(batch, length, channels, states));
+      workspace<home<P>, T> const work{
+          .carry = memory.template allocate<accum_t<T>>(carried, channels, N),
+          .steps = memory.template allocate<accum_t<T>>(carried, channels),
+          .d_A = memory.template allocate<accum_t<T>>(plan.parts, channels, N),
+          .d_channel = memory.template allocate<accum_t<T>>(plan.parts, 2, channels),
+          .d_projection = memory.template allocate<accum_t<T>>(plan.groups, batch * length, 2 * N),
+      };
+      backend_of<selective_scan, P>::backward(policy, in, d, work);
+    } else {
+      scratch<P> memory(policy, scratch_bytes<N, T>(batch, length, channels, states));
+      std::int64_t const parts = streams(batch, states), groups = channel_groups(channels),
+                         width = groups * group_channels;
+      workspace<home<P>, T> const work{
+          .carry = memory.template allocate<accum_t<T>>(parts, N, width),
+          .d_A = memory.template allocate<accum_t<T>>(parts, N, width),
+          .d_channel = memory.template allocate<accum_t<T>>(parts, 2, width),
+          .d_projection = memory.template allocate<accum_t<T>>(parts, band_steps(batch, length, states), groups, 2 * N),
+      };
+      backend_of<selective_scan, P>::backward(policy, in, d, work);
+    }
   }
 
   /// One token of each sequence.
@@ -220,9 +236,24 @@ struct selective_scan {
   static constexpr std::int64_t streams(std::int64_t batch, std::int64_t sequences) {
     return batch == 1 ? std::clamp<std::int64_t>(sequences, 1, 8) : batch;
   }
+  /// How backward is cut on a device.
   template <int N, storage T>
+  static constexpr selective_scan_tuning::backward_plan device_plan(std::int64_t batch, std::int64_t length,
+                                                                    std::int64_t channels, std::int64_t sequences) {
+    using block = selective_scan_tuning::backward_block<N, sizeof(accum_t<T>)>;
+    return selective_scan_tuning::plan_backward(batch, chunks(batch, length, sequences), sequences, channels,
+                                                block::group_channels);
+  }
+  template <int N, storage T, class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,
                                              std::int64_t sequences) {
+    if constexpr (std::is_same_v<Space, space::device>) {
+      auto const plan = device_plan<N, T>(batch, length, channels, sequences);
+      auto const bytes = [](std::int64_t n) { return sizeof(accum_t<T>) * static_cast<std::size_t>(n); };
+      std::int64_t const carried = plan.cut ? plan.parts : 0;
+      return scratch_sum(bytes(carried * channels * N), bytes(carried * channels), bytes(plan.parts * channels * N),
+                         bytes(plan.parts * 2 * channels), bytes(plan.groups * batch * length * 2 * N));
+    }
     auto const parts = streams(batch, sequences), groups = channel_groups(channels), width = groups * group_channels;
     auto const bytes = [](std::int64_t n) { return sizeof(accum_t<T>) * static_cast<std::size_t>(n); };
     return scratch_sum(bytes(parts * N * width), bytes(parts * N * width), bytes(parts * 2 * width),
@@ -236,8 +267,20 @@ struct selective_scan {
     out<P, accum_t<T>, dyn, dyn, dyn> d_channel;          // (streams, 2, width)  d_D and d_delta_bias
     out<P, accum_t<T>, dyn, dyn, dyn, dyn> d_projection;  // (streams, band_steps, groups, 2 N)  d_B and d_C
   };
+  /// The same on a device, where parts of all sequences are worked on side by side.
+  template <device_policy P, storage T>
+  requires std::is_same_v<typename P::memory_space, space::device>
+  struct workspace<P, T> {
+    out<P, accum_t<T>, dyn, dyn, dyn> carry;         // (parts, D, N)       gradient of the state after each part
+    out<P, accum_t<T>, dyn, dyn> steps;              // (parts, D)          sums of dt
+    out<P, accum_t<T>, dyn, dyn, dyn> d_A;           // (parts, D, N)
+    out<P, accum_t<T>, dyn, dyn, dyn> d_channel;     // (parts, 2, D)       d_D and d_delta_bias
+    out<P, accum_t<T>, dyn, dyn, dyn> d_projection;  // (groups, B L, 2 N)  d_B and d_C
+  };
 
  private:
+  template <class P>
+  static constexpr bool on_device = std::is_same_v<typename P::memory_space, space::device>;
   template <int N>
   static constexpr void check_states() {
     static_assert(N >= 1 && N <= 256,
