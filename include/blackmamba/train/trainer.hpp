@@ -60,6 +60,7 @@ class trainer {
         target_(options.accumulation * options.batch * options.length),
         losses_(zeros<A>(network.policy(), options.accumulation)),
         norm_(zeros<A>(network.policy(), 1)),
+        schedule_(zeros<double>(network.policy(), 3)),
         workspace_(measure()) {
     if constexpr (has_masters) {
       master_ = tensor<S, A, dyn>(network.memory().matrices().size());
@@ -74,8 +75,10 @@ class trainer {
     P const policy = device();
     stage(policy, "trainer.step", tokens);
     step_report report{.step = step_ + 1, .learning_rate = options_.learning_rate(step_ + 1)};
+    adamw::options const how = optimizer_options(report);
+    memory::upload(policy, host_view<double const, dyn>(adamw::schedule_of(how).data(), 3), schedule_.as_view());
     A const scale = static_cast<A>(1.0 / static_cast<double>(tokens.extent(0) * options_.length));
-    recorded_.run(policy, [&](P const& p) { optimizer_step(p, scale, report); });
+    recorded_.run(policy, [&](P const& p) { optimizer_step(p, scale, how); });
     tensor<space::host, A, dyn> losses(options_.accumulation), norm(1);
     memory::download(policy, losses_.as_view(), losses.as_view());
     memory::download(policy, norm_.as_view(), norm.as_view());
@@ -180,7 +183,7 @@ class trainer {
   }
 
   /// Everything of a step that the device does: the same work on the same memory every time.
-  void optimizer_step(P const& policy, A scale, step_report const& report) {
+  void optimizer_step(P const& policy, A scale, adamw::options const& how) {
     memory::zero(policy, gradient_.flat());
     for (std::int64_t i = 0; i < options_.accumulation; ++i) {
       context<P> c{.policy = policy, .batch = options_.batch, .length = options_.length, .training = true};
@@ -189,7 +192,7 @@ class trainer {
                              losses_.slice(i, 1), scale, gradient_.views());
     }
     adamw::norm<P, A>(policy, gradient_.flat(), norm_);
-    update(policy, report);
+    update(policy, how);
   }
 
   /// Forward, loss and backward of one batch under any policy that shares the memory space: P itself, or its dry run.
@@ -249,13 +252,16 @@ class trainer {
     memory::upload(policy, target.as_view(), target_.slice(0, rows * length));
   }
 
-  void update(P const& policy, step_report const& report) {
-    adamw::options const how{.learning_rate = report.learning_rate,
-                             .beta1 = options_.beta1,
-                             .beta2 = options_.beta2,
-                             .eps = options_.eps,
-                             .step = report.step,
-                             .max_norm = options_.max_norm};
+  adamw::options optimizer_options(step_report const& report) const {
+    return {.learning_rate = report.learning_rate,
+            .beta1 = options_.beta1,
+            .beta2 = options_.beta2,
+            .eps = options_.eps,
+            .step = report.step,
+            .max_norm = options_.max_norm};
+  }
+  /// What changes from step to step is in schedule_; the rest of the options is the same every time.
+  void update(P const& policy, adamw::options const& how) {
     auto const n = network_.memory().matrices().size(), all = gradient_.flat().size();
     if constexpr (has_masters) {
       adamw::group const matrices[] = {{.end = n, .weight_decay = options_.weight_decay}};
@@ -265,13 +271,15 @@ class trainer {
                          .gradient = gradient_.matrices(),
                          .first_moment = first_moment_.matrices(),
                          .second_moment = second_moment_.matrices(),
-                         .copy = network_.memory().matrices()},
+                         .copy = network_.memory().matrices(),
+                         .schedule = schedule_},
                         norm_, matrices, how);
       adamw::step<P, T>(policy,
                         {.parameter = network_.memory().vectors(),
                          .gradient = gradient_.vectors(),
                          .first_moment = first_moment_.vectors(),
-                         .second_moment = second_moment_.vectors()},
+                         .second_moment = second_moment_.vectors(),
+                         .schedule = schedule_},
                         norm_, vectors, how);
     } else {
       adamw::group const groups[] = {{.end = n, .weight_decay = options_.weight_decay},
@@ -280,7 +288,8 @@ class trainer {
                         {.parameter = network_.memory().flat(),
                          .gradient = gradient_.flat(),
                          .first_moment = first_moment_.flat(),
-                         .second_moment = second_moment_.flat()},
+                         .second_moment = second_moment_.flat(),
+                        .schedule = schedule_},
                         norm_, groups, how);
     }
   }
@@ -295,6 +304,7 @@ class trainer {
   tensor<S, std::int32_t, dyn> target_;
   tensor<S, A, dyn> losses_;
   tensor<S, A, dyn> norm_;
+  tensor<S, double, dyn> schedule_;
   arena<S> workspace_;
   recording<P> recorded_;  // the whole optimizer step
   std::int64_t step_ = 0;
