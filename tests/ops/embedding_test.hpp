@@ -69,16 +69,36 @@ TEST_CASE_TEMPLATE("embedding: rows of the table, and sums into it in order of p
                           reference_backward<A>(token, d_y, before, width), "d_table");
       }
 }
-TEST_CASE("embedding: many positions of one token, in chunks that begin and end with it") {
-  std::int64_t const width = 70;
-  for (std::int64_t rows : {255, 256, 257, 1000}) {
+TEST_CASE_TEMPLATE("embedding: many positions of one token, in chunks that begin and end with it", T, STORAGE_TYPES) {
+  using A = accum_t<T>;
+  for (auto [rows, width] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+           {65, 8}, {66, 70}, {67, 136}, {255, 70}, {256, 70}, {257, 72}, {1000, 70}, {1000, 264}}) {
     auto token = test::values(static_cast<std::size_t>(rows), 2.0);
     token.front() = 0;
     token.back() = 4;
-    auto const d_y = test::rounded<float>(test::random_normal(rows * width, 1));
+    auto const d_y = test::rounded<T>(test::random_normal(rows * width, 1));
     auto const before = test::values(static_cast<std::size_t>(5 * width), 0.5);
-    test::check_equal(run_backward<float>(token, d_y, before, 5, width),
-                      reference_backward<float>(token, d_y, before, width), "d_table");
+    test::check_equal(run_backward<T>(token, d_y, before, 5, width), reference_backward<A>(token, d_y, before, width),
+                      "d_table");
+  }
+}
+TEST_CASE_TEMPLATE("embedding: tokens that occur seldom, often and in runs, of bytes and of words", T, float,
+                   bfloat16) {
+  using A = accum_t<T>;
+  std::int64_t const rows = 6000;
+  for (auto [vocabulary, width] :
+       std::vector<std::pair<std::int64_t, std::int64_t>>{{256, 136}, {256, 33}, {50304, 8}, {70000, 3}}) {
+    auto token = random_tokens(rows, vocabulary, 5);
+    for (std::size_t i = 0; i < token.size(); ++i) {
+      if (i % 5 == 0) token[i] = static_cast<double>(vocabulary - 1);
+      if (i % 7 == 0) token[i] = static_cast<double>(i / 70);
+      if (i >= 3000 && i < 3500) token[i] = 17;
+    }
+    auto const d_y = test::rounded<T>(test::random_normal(rows * width, 6));
+    auto const before = test::rounded<A>(test::random_normal(vocabulary * width, 7));
+    auto const once = run_backward<T>(token, d_y, before, vocabulary, width);
+    test::check_equal(once, reference_backward<A>(token, d_y, before, width), "d_table");
+    test::check_equal(run_backward<T>(token, d_y, before, vocabulary, width), once, "d_table again");
   }
 }
 TEST_CASE("embedding: rows of the table that do not occur are not touched") {
@@ -107,19 +127,23 @@ TEST_CASE("embedding: the gradient equals central differences") {
   test::check_gradient([&](test::values const& v) { return test::weighted_sum(run<double>(token, v, 3, 5), d_y); },
                        table, gradient, "d_table");
 }
-TEST_CASE("embedding: the same bits for any number of threads") {
+TEST_CASE_TEMPLATE("embedding: the same bits in every run, for any number of threads", P, test_policy) {
   std::int64_t const rows = 3000, vocabulary = 40, width = 200;
   auto const token = random_tokens(rows, vocabulary);
   auto const d_y = test::random_normal(rows * width, 1),
              none = test::values(static_cast<std::size_t>(vocabulary * width), 0.0);
   auto const one = run_backward<float>(token, d_y, none, vocabulary, width);
-  if constexpr (requires(test_policy t) { t.threads; })
+  auto const check_again = [&](test_policy const& policy) {
+    test::check_equal(run_backward<float>(token, d_y, none, vocabulary, width, policy), one, "d_table");
+    test::check_equal(run<float>(token, none, vocabulary, width, policy), run<float>(token, none, vocabulary, width),
+                      "y");
+  };
+  check_again(make_policy());
+  if constexpr (requires(P p) { p.threads; })
     for (int threads : {1, 2, 5}) {
-      test_policy policy = make_policy();
+      P policy = make_policy();
       policy.threads = threads;
-      test::check_equal(run_backward<float>(token, d_y, none, vocabulary, width, policy), one, "d_table");
-      test::check_equal(run<float>(token, none, vocabulary, width, policy), run<float>(token, none, vocabulary, width),
-                        "y");
+      check_again(policy);
     }
 }
 TEST_CASE("embedding: takes and gives strided rows") {
@@ -146,7 +170,23 @@ TEST_CASE("embedding: scratch is exact") {
   auto const token = zeros<std::int32_t>(make_policy(), 9);
   auto const d_y = zeros<float>(make_policy(), 9, 3), table = zeros<float>(make_policy(), 100, 3);
   embedding::backward<dry, float>(dry{&measure}, token, d_y, table);
-  CHECK(measure.peak() == embedding::scratch_bytes(9, 100));
+  CHECK(measure.peak() == embedding::scratch_bytes<test::test_space>(9, 100));
+}
+TEST_CASE("embedding: on a device, a token outside the vocabulary gives NaN and adds nothing") {
+  if (std::is_same_v<test::test_space, space::host>) return;  // there it is an error
+  test::values const token{3, -2, 9, 1, 2147483647, -2147483648.0};
+  auto const table = test::random_normal(9 * 5, 1);
+  auto const y = run<double>(token, table, 9, 5);
+  for (std::size_t r = 0; r < token.size(); ++r)
+    for (std::size_t i = 0; i < 5; ++i)
+      if (r == 0 || r == 3)
+        CHECK(y[r * 5 + i] == table[row_of(token[r]) * 5 + i]);
+      else
+        CHECK(std::isnan(y[r * 5 + i]));
+  auto const d_y = test::random_normal(6 * 5, 2);
+  auto const d = run_backward<double>(token, d_y, test::values(45, 0.0), 9, 5);
+  for (std::size_t v = 0; v < 9; ++v)
+    for (std::size_t i = 0; i < 5; ++i) CHECK(d[v * 5 + i] == (v == 3 ? d_y[i] : v == 1 ? d_y[15 + i] : 0.0));
 }
 TEST_CASE("embedding: shapes and tokens that do not fit are named") {
   auto const token = test::upload<std::int32_t>({3, 1, -2, 9}, 4);

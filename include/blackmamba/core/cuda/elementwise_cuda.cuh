@@ -62,17 +62,16 @@ __global__ void __launch_bounds__(256)
 /// Calls op for packs of N columns of rows x width: operands = op.load<N>(r, c, left), then op.finish<N>(operands, r, c,
 /// left), where `left` is how many columns of the row begin at c. A thread's loads come before its results: results may
 /// alias operands element by element.
-template <int N, class Op>
+template <int N, int TilesOfAThread = 2, class Op>
 void launch_elements(char const* name, device::cuda const& policy, std::int64_t rows, std::int64_t width,
                      Op const& op) {
-  constexpr int tiles_of_a_thread = 2;
   std::int64_t const packs = (width + N - 1) / N, column_tiles = (packs + 255) / 256;
   std::int64_t const across = (packs + column_tiles - 1) / column_tiles;  // even shares: no tile is nearly empty
   std::int64_t const down = std::max<std::int64_t>(1, 256 / across);
   std::int64_t const tiles = column_tiles * ((rows + down - 1) / down);
   launch(name, policy,
-         {blocks_for(tiles, tiles_of_a_thread), dim3(static_cast<unsigned>(across), static_cast<unsigned>(down))},
-         detail::element_tiles<N, tiles_of_a_thread, Op>, op, rows, width, static_cast<std::uint32_t>(column_tiles),
+         {blocks_for(tiles, TilesOfAThread), dim3(static_cast<unsigned>(across), static_cast<unsigned>(down))},
+         detail::element_tiles<N, TilesOfAThread, Op>, op, rows, width, static_cast<std::uint32_t>(column_tiles),
          static_cast<std::uint32_t>(tiles));
 }
 

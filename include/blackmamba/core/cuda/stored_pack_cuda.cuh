@@ -46,6 +46,11 @@ class stored_pack {
     for (int i = 0; i < N; ++i) x.v[i] = widen(r.e[i]);
     return x;
   }
+  /// Every bit set: NaN.
+  __device__ __forceinline__ void poison() {
+#pragma unroll
+    for (int i = 0; i < raw::words; ++i) memset(&word_[i], 0xff, sizeof(typename raw::word));
+  }
 
   /// The elements go to p as they are.
   __device__ __forceinline__ void store(T* p) const {

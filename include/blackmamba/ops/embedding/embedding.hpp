@@ -13,7 +13,7 @@ namespace blackmamba {
 struct embedding {
   /// token (R), table (V, H), y (R, H).
   /// @throws value_error (cpu) naming position, value and vocabulary where a token is outside [0, V); y is then
-  /// unchanged
+  /// unchanged. On cuda such a row of y is NaN.
   template <device_policy P, storage T>
   static void forward(P const& policy, in<P, std::int32_t, dyn> token, in<P, T, dyn, dyn> table,
                       out<P, T, dyn, dyn> y) {
@@ -25,8 +25,9 @@ struct embedding {
 
   /// d_table[v,:] += sum of d_y[r,:] over the r with token[r] = v, in the order of r.
   ///
-  /// token (R), d_y (R, H), d_table (V, H). Touches only rows of d_table that occur. scratch_bytes(R, V) of scratch.
-  /// @throws value_error (cpu) as forward; d_table is then unchanged
+  /// token (R), d_y (R, H), d_table (V, H). Touches only rows of d_table that occur. scratch_bytes<memory space>(R, V)
+  /// of scratch.
+  /// @throws value_error (cpu) as forward; d_table is then unchanged. On cuda such a token adds nothing.
   template <device_policy P, storage T>
   static void backward(P const& policy, in<P, std::int32_t, dyn> token, in<P, T, dyn, dyn> d_y,
                        std::type_identity_t<out<P, accum_t<T>, dyn, dyn>> d_table) {
@@ -34,19 +35,35 @@ struct embedding {
     check_shape("embedding.backward", "token", token, {rows});
     check_shape("embedding.backward", "d_table", d_table, {-1, width});
     if (d_y.size() == 0) return;
-    scratch<P> memory(policy, scratch_bytes(rows, vocabulary));
+    using space = typename P::memory_space;
+    scratch<P> memory(policy, scratch_bytes<space>(rows, vocabulary));
     auto order = memory.template allocate<std::int64_t>(rows);
     auto first = memory.template allocate<std::int64_t>(vocabulary + 1);
-    backend_of<embedding, P>::backward(policy, token, d_y, d_table, order, first);
+    auto frequent = memory.template allocate<std::int32_t>(frequent_size<space>(rows));
+    backend_of<embedding, P>::backward(policy, token, d_y, d_table, order, first, frequent);
   }
 
-  /// Positions sorted by token, and where each token's begin.
+  /// Positions sorted by token, where each token's begin, and, on a device, a list of the tokens that occur often.
+  template <class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t vocabulary) {
     return scratch_sum(sizeof(std::int64_t) * static_cast<std::size_t>(rows),
-                       sizeof(std::int64_t) * static_cast<std::size_t>(vocabulary + 1));
+                       sizeof(std::int64_t) * static_cast<std::size_t>(vocabulary + 1),
+                       sizeof(std::int32_t) * static_cast<std::size_t>(frequent_size<Space>(rows)));
+  }
+
+  /// A token that occurs more often than this is summed by a block of threads of its own.
+  static constexpr std::int64_t seldom = 64;
+
+ private:
+  template <class Space>
+  static constexpr std::int64_t frequent_size(std::int64_t rows) {
+    return std::is_same_v<Space, space::host> ? 0 : 1 + rows / seldom;  // how many, and which
   }
 };
 
 }  // namespace blackmamba
 
 #include <blackmamba/ops/embedding/embedding_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/embedding/embedding_cuda.cuh>
+#endif

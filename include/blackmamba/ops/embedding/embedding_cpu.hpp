@@ -27,7 +27,8 @@ struct backend<embedding, device::cpu> {
   template <class T>
   static void backward(device::cpu const& policy, host_view<std::int32_t const, dyn> token,
                        host_view<T const, dyn, dyn> d_y, host_view<accum_t<T>, dyn, dyn> d_table,
-                       host_view<std::int64_t, dyn> order, host_view<std::int64_t, dyn> first) {
+                       host_view<std::int64_t, dyn> order, host_view<std::int64_t, dyn> first,
+                       host_view<std::int32_t, dyn>) {
     std::int64_t const rows = d_y.extent(0), width = d_y.extent(1), vocabulary = d_table.extent(0);
     check_tokens("embedding.backward", token, vocabulary);
     std::fill_n(first.data(), vocabulary + 1, std::int64_t{0});

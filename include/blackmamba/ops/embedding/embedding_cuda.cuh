@@ -1,0 +1,348 @@
+#pragma once
+#include <blackmamba/core/cuda/elementwise_cuda.cuh>
+#include <blackmamba/core/cuda/launch_cuda.cuh>
+#include <blackmamba/core/cuda/reduce_cuda.cuh>
+#include <blackmamba/core/cuda/stored_pack_cuda.cuh>
+#include <blackmamba/ops/embedding/embedding.hpp>
+
+#include <algorithm>
+
+namespace blackmamba {
+
+namespace detail {
+
+template <class T>
+struct embedding_elements {
+  view<space::device, std::int32_t const, dyn> token;
+  view<space::device, T const, dyn, dyn> table;
+  view<space::device, T, dyn, dyn> y;
+
+  template <int N>
+  __device__ cuda::stored_pack<N, T> load(std::int64_t r, std::int64_t c, std::int64_t left) const {
+    std::int32_t const v = token(r);
+    cuda::stored_pack<N, T> x;
+    if (v >= 0 && v < table.extent(0))
+      x.load(table.row(v) + c, left);
+    else
+      x.poison();
+    return x;
+  }
+  template <int N>
+  __device__ void finish(cuda::stored_pack<N, T> const& x, std::int64_t r, std::int64_t c, std::int64_t left) const {
+    x.store(y.row(r) + c, left);
+  }
+};
+
+inline constexpr int embedding_span = 512;  // tokens of a block of embedding_order, at most
+
+/// The lanes of the warp that hold a token of the block, and among them those with this lane's.
+struct embedding_peers {
+  bool mine;
+  unsigned equal;
+  int local;
+
+  __device__ embedding_peers(std::int32_t v, std::int32_t first, int here) {
+    auto const at = static_cast<std::uint32_t>(v) - static_cast<std::uint32_t>(first);
+    mine = at < static_cast<std::uint32_t>(here);
+    local = mine ? static_cast<int>(at) : 0;
+    equal = 0;
+    if (__any_sync(0xffffffffu, mine)) equal = __match_any_sync(0xffffffffu, mine ? local : -1);
+  }
+  __device__ bool leads(int lane) const { return mine && __ffs(static_cast<int>(equal)) - 1 == lane; }
+};
+
+/// A stable counting sort in one launch: no block needs what another finds. Each takes `span` tokens, and goes through
+/// all positions twice, each warp through a stretch of its own. First it counts: by token and warp those that are the
+/// block's, and those of smaller tokens, which lie before. Then it knows where each warp's positions of each token go.
+/// Tokens outside [0, vocabulary) belong to no block.
+template <int>
+__global__ void __launch_bounds__(1024)
+    embedding_order(std::int32_t const* token, std::int64_t rows, std::int32_t vocabulary, int span,
+                    std::int64_t* order, std::int64_t* first, std::int32_t* frequent) {
+  constexpr int warps = 32, unroll = 4;
+  extern __shared__ __align__(16) unsigned char embedding_shared_bytes[];
+  auto* const begin = reinterpret_cast<std::int64_t*>(embedding_shared_bytes);  // (span)
+  auto* const count = reinterpret_cast<std::uint32_t*>(begin + span);           // (warps, span)
+  __shared__ std::int64_t warp_total[warps];
+  int const thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  auto const first_token = static_cast<std::int32_t>(blockIdx.x * static_cast<unsigned>(span));
+  int const here = vocabulary - first_token < span ? vocabulary - first_token : span;
+  std::int64_t const stretch = (rows + warps * 32 * unroll - 1) / (warps * 32 * unroll) * (32 * unroll);
+  std::int64_t const stop = (warp + 1) * stretch < rows ? (warp + 1) * stretch : rows;
+  std::uint32_t* const mine = count + warp * span;
+
+  for (int i = thread; i < warps * span; i += 1024) count[i] = 0;
+  __syncthreads();
+  std::int64_t before = 0;
+  for (std::int64_t r = warp * stretch; r < stop; r += 32 * unroll) {
+    std::int32_t v[unroll];
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) v[u] = r + u * 32 + lane < stop ? token[r + u * 32 + lane] : -1;
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      before += v[u] >= 0 && v[u] < first_token;
+      embedding_peers const peers(v[u], first_token, here);
+      if (peers.leads(lane)) mine[peers.local] += static_cast<std::uint32_t>(__popc(peers.equal));
+      __syncwarp();
+    }
+  }
+  before = cuda::block_sum<1024>(before, warp_total);
+
+  // count becomes how many of the token earlier warps have; begin where the token's positions begin.
+  std::int64_t total = 0;
+  if (thread < here)
+    for (int w = 0; w < warps; ++w) {
+      std::uint32_t const c = count[w * span + thread];
+      count[w * span + thread] = static_cast<std::uint32_t>(total);
+      total += c;
+    }
+  std::int64_t upto = total;  // over the tokens of the warp, then of the block, this thread's included
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    std::int64_t const other = __shfl_up_sync(0xffffffffu, upto, distance);
+    if (lane >= distance) upto += other;
+  }
+  if (lane == 31) warp_total[warp] = upto;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) upto += warp_total[w];
+  if (thread < here) {
+    begin[thread] = before + upto - total;
+    first[first_token + thread] = begin[thread];
+    if (first_token + thread == vocabulary - 1) first[vocabulary] = before + upto;
+    // The list's order is anyone's: each of its tokens is summed by itself.
+    if (total > embedding::seldom) frequent[1 + atomicAdd(frequent, 1)] = first_token + thread;
+  }
+  __syncthreads();
+
+  for (std::int64_t r = warp * stretch; r < stop; r += 32 * unroll) {
+    std::int32_t v[unroll];
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) v[u] = r + u * 32 + lane < stop ? token[r + u * 32 + lane] : -1;
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      embedding_peers const peers(v[u], first_token, here);
+      unsigned const earlier = peers.equal & ((1u << lane) - 1);
+      if (peers.mine)
+        order[begin[peers.local] + mine[peers.local] + static_cast<std::uint32_t>(__popc(earlier))] = r + u * 32 + lane;
+      __syncwarp();
+      if (peers.leads(lane)) mine[peers.local] += static_cast<std::uint32_t>(__popc(peers.equal));
+      __syncwarp();
+    }
+  }
+}
+
+template <class T>
+struct embedding_gradient_arguments {
+  std::int32_t const* token;
+  view<space::device, T const, dyn, dyn> d_y;
+  view<space::device, accum_t<T>, dyn, dyn> d_table;
+  std::int64_t const* order;
+  std::int64_t const* first;
+  std::int32_t const* frequent;
+};
+
+/// The tokens that occur seldom. A warp takes 32 N columns of the tokens whose positions begin among 32 in their sorted
+/// order, and adds position after position; eight are on their way at a time, with the rows of the table that they begin
+/// from.
+template <int N, class T>
+__global__ void __launch_bounds__(256) embedding_add_seldom(embedding_gradient_arguments<T> a, std::int64_t tiles) {
+  using A = accum_t<T>;
+  constexpr int unroll = 8;
+  constexpr unsigned all = 0xffffffffu;
+  int const lane = static_cast<int>(threadIdx.x) % 32;
+  std::int64_t const work = std::int64_t{blockIdx.x} * 8 + threadIdx.x / 32, total = a.first[a.d_table.extent(0)];
+  std::int64_t const begin = work / tiles * 32, column = (work % tiles * 32 + lane) * N;
+  if (begin >= total) return;
+  std::int64_t start = 0, stop = 0;
+  {
+    std::int64_t const i = begin + lane;
+    std::int32_t const v = i < total ? a.token[a.order[i]] : 0;
+    std::int64_t const end = a.first[v + 1];
+    bool const head = i < total && a.first[v] == i && end - i <= embedding::seldom;
+    unsigned const heads = __ballot_sync(all, head);
+    if (heads == 0) return;
+    start = begin + __ffs(static_cast<int>(heads)) - 1;
+    stop = __shfl_sync(all, end, 31 - __clz(static_cast<int>(heads)));
+  }
+  bool const live = column < a.d_y.extent(1);
+  cuda::pack<A, N> sum;
+  for (std::int64_t base = start; base < stop; base += 32) {
+    std::int64_t const i = base + lane;
+    std::int64_t const position = i < stop ? a.order[i] : 0;
+    std::int32_t const v = i < stop ? a.token[position] : 0;
+    unsigned const heads = __ballot_sync(all, i < stop && a.first[v] == i);
+    unsigned const tails = __ballot_sync(all, i < stop && a.first[v + 1] == i + 1);
+    for (int group = 0; group < 32 && base + group < stop; group += unroll) {
+      cuda::stored_pack<N, T> d_y[unroll];
+      cuda::stored_pack<N, A> d_table[unroll];
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) {
+        std::int64_t const from = __shfl_sync(all, position, group + u);
+        std::int32_t const to = __shfl_sync(all, v, group + u);
+        if (live && base + group + u < stop) {
+          d_y[u].load(a.d_y.row(from) + column);
+          if (heads >> (group + u) & 1) d_table[u].load(a.d_table.row(to) + column);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) {
+        std::int32_t const to = __shfl_sync(all, v, group + u);
+        if (live && base + group + u < stop) {
+          if (heads >> (group + u) & 1) sum = d_table[u].widened();
+          auto const d = d_y[u].widened();
+#pragma unroll
+          for (int n = 0; n < N; ++n) sum[n] += d[n];
+          if (tails >> (group + u) & 1) cuda::store_pack<N>(a.d_table.row(to) + column, sum);
+        }
+      }
+    }
+  }
+}
+
+inline constexpr int embedding_columns = 64, embedding_stage_rows = 32, embedding_stages = 8;
+
+/// Asynchronous copy of 16 bytes to shared memory.
+__device__ __forceinline__ void embedding_copy(void* to, void const* from) {
+  auto const address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+/// The tokens that occur often, one by one, each by a block for 64 columns: rows come to shared memory eight stages of
+/// 32 ahead, where one thread for each column adds them in order.
+template <bool Packs, class T>
+__global__ void __launch_bounds__(256) embedding_add_frequent(embedding_gradient_arguments<T> a, int tiles) {
+  using A = accum_t<T>;
+  constexpr int columns = embedding_columns, rows = embedding_stage_rows, stages = embedding_stages;
+  constexpr int n = Packs ? cuda::pack_width<T> : 1, pieces = columns / n;  // of a row
+  constexpr int each = rows * pieces / 256;                                 // pieces that a thread copies of a stage
+  extern __shared__ __align__(16) unsigned char embedding_stage_bytes[];
+  auto* const memory = reinterpret_cast<T*>(embedding_stage_bytes);  // (stages, rows, columns)
+  int const thread = static_cast<int>(threadIdx.x);
+  std::int64_t const width = a.d_y.extent(1), items = std::int64_t{a.frequent[0]} * tiles;
+  for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    std::int32_t const v = a.frequent[1 + item / tiles];
+    std::int64_t const column = item % tiles * columns, begin = a.first[v], end = a.first[v + 1];
+    std::int64_t const count = (end - begin + rows - 1) / rows;
+    // Where the rows are of the pieces that this thread copies next; looked up a stage before they are needed.
+    std::int64_t next[each];
+    auto const look_up = [&](std::int64_t stage) {
+#pragma unroll
+      for (int k = 0; k < each; ++k) {
+        std::int64_t const i = begin + stage * rows + (thread + k * 256) / pieces;
+        next[k] = i < end ? a.order[i] : -1;
+      }
+    };
+    auto const fetch = [&](std::int64_t stage) {
+#pragma unroll
+      for (int k = 0; k < each; ++k) {
+        int const row = (thread + k * 256) / pieces, piece = (thread + k * 256) % pieces;
+        std::int64_t const c = column + piece * n;
+        if (next[k] >= 0 && c < width) {
+          T* const to = memory + ((stage % stages) * rows + row) * columns + piece * n;
+          T const* const from = a.d_y.row(next[k]) + c;
+          if constexpr (Packs)
+            embedding_copy(to, from);
+          else
+            *to = *from;
+        }
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");  // an empty group at the end keeps the count
+    };
+    look_up(0);
+    for (int stage = 0; stage < stages - 1; ++stage) {
+      fetch(stage);
+      look_up(stage + 1);
+    }
+    std::int64_t const mine = column + thread;
+    bool const adds = thread < columns && mine < width;
+    A sum = adds ? a.d_table.row(v)[mine] : A(0);
+    for (std::int64_t stage = 0; stage < count; ++stage) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(stages - 2) : "memory");
+      __syncthreads();  // the stage is there, and the one before it is no longer read
+      fetch(stage + stages - 1);
+      look_up(stage + stages);
+      if (adds) {
+        T const* const from = memory + (stage % stages) * rows * columns + thread;
+        int const left = static_cast<int>(end - begin - stage * rows < rows ? end - begin - stage * rows : rows);
+        if (left == rows) {
+#pragma unroll
+          for (int i = 0; i < rows; ++i) sum += widen(from[i * columns]);
+        } else {
+          for (int i = 0; i < left; ++i) sum += widen(from[i * columns]);
+        }
+      }
+    }
+    if (adds) a.d_table.row(v)[mine] = sum;
+    __syncthreads();
+  }
+}
+
+}  // namespace detail
+
+/// Bytes: forward two of T for each element of y; backward T for each of d_y, and accum_t<T> read and written for each
+/// element of a row of d_table that occurs. Backward is a sort of the positions (its tokens come from the L2 cache) and
+/// two kernels that add, for tokens that occur seldom and often. Kernels for each T: forward and the two, each for packs
+/// and for single elements.
+template <>
+struct backend<embedding, device::cuda> {
+  template <class T>
+  static void forward(device::cuda const& policy, view<space::device, std::int32_t const, dyn> token,
+                      view<space::device, T const, dyn, dyn> table, view<space::device, T, dyn, dyn> y) {
+    constexpr int n = cuda::pack_width<T>;
+    std::int64_t const rows = y.extent(0), width = y.extent(1);
+    detail::embedding_elements<T> const op{token, table, y};
+    if (cuda::rows_in_packs<n>(table) && cuda::rows_in_packs<n>(y))
+      cuda::launch_elements<n, 4>("embedding", policy, rows, width, op);
+    else
+      cuda::launch_elements<1, 4>("embedding", policy, rows, width, op);
+  }
+
+  template <class T>
+  static void backward(device::cuda const& policy, view<space::device, std::int32_t const, dyn> token,
+                       view<space::device, T const, dyn, dyn> d_y, view<space::device, accum_t<T>, dyn, dyn> d_table,
+                       view<space::device, std::int64_t, dyn> order, view<space::device, std::int64_t, dyn> first,
+                       view<space::device, std::int32_t, dyn> frequent) {
+    char const* const op = "embedding.backward";
+    std::int64_t const rows = d_y.extent(0), width = d_y.extent(1), vocabulary = d_table.extent(0);
+    if (vocabulary == 0) return;
+    cuda::check(op, cudaMemsetAsync(frequent.data(), 0, sizeof(std::int32_t), policy.stream));
+    // About a block for each multiprocessor: each reads all tokens.
+    int const span = static_cast<int>(std::clamp<std::int64_t>((vocabulary + 127) / 128, 1, detail::embedding_span));
+    std::size_t const shared = static_cast<std::size_t>(span) * (sizeof(std::int64_t) + 32 * sizeof(std::uint32_t));
+    cuda::launch(op, policy, {cuda::blocks_for(vocabulary, span), 1024, shared}, detail::embedding_order<0>,
+                 token.data(), rows, static_cast<std::int32_t>(vocabulary), span, order.data(), first.data(),
+                 frequent.data());
+    detail::embedding_gradient_arguments<T> const a{token.data(), d_y,          d_table,
+                                                    order.data(), first.data(), frequent.data()};
+    constexpr int seldom_pack = cuda::pack_width<accum_t<T>>;
+    if (cuda::rows_in_packs<seldom_pack>(d_y) && cuda::rows_in_packs<seldom_pack>(d_table))
+      add_seldom<seldom_pack>(op, policy, a, rows, width);
+    else
+      add_seldom<1>(op, policy, a, rows, width);
+    if (rows <= embedding::seldom) return;
+    if (cuda::rows_in_packs<cuda::pack_width<T>>(d_y))
+      add_frequent<true>(op, policy, a, width);
+    else
+      add_frequent<false>(op, policy, a, width);
+  }
+
+ private:
+  template <int N, class T>
+  static void add_seldom(char const* op, device::cuda const& policy, detail::embedding_gradient_arguments<T> const& a,
+                         std::int64_t rows, std::int64_t width) {
+    std::int64_t const tiles = (width + 32 * N - 1) / (32 * N);
+    cuda::launch(op, policy, {cuda::blocks_for((rows + 31) / 32 * tiles, 8), 256}, detail::embedding_add_seldom<N, T>,
+                 a, tiles);
+  }
+  template <bool Packs, class T>
+  static void add_frequent(char const* op, device::cuda const& policy, detail::embedding_gradient_arguments<T> const& a,
+                           std::int64_t width) {
+    constexpr std::size_t shared =
+        sizeof(T) * detail::embedding_stages * detail::embedding_stage_rows * detail::embedding_columns;
+    auto const tiles = static_cast<int>((width + detail::embedding_columns - 1) / detail::embedding_columns);
+    unsigned const blocks = static_cast<unsigned>(cuda::properties().multiprocessors) * 4;
+    cuda::launch(op, policy, {blocks, 256, shared}, detail::embedding_add_frequent<Packs, T>, a, tiles);
+  }
+};
+
+}  // namespace blackmamba
