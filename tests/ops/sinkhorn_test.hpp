@@ -1,4 +1,5 @@
 #include "support/support.hpp"
+#include "support/thread_counts.hpp"
 
 #include <blackmamba/ops/router/router.hpp>
 #include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
@@ -373,7 +374,8 @@ TEST_CASE_TEMPLATE("sinkhorn: reference and ones equal the published loop", A, f
       for (double spread : {0.3, 1.0, 2.0})
         for (double beta : {1.0, 2.0}) {
           auto p = normal_in<A>(rows, 8, spread, spread);
-          p.options = {.mode = ones ? mode::ones : mode::reference, .max_passes = 50, .beta = beta};
+          p.options =
+              sinkhorn::options{.mode = ones ? mode::ones : mode::reference, .max_passes = 50, .beta = beta};
           published<A> const expected(p, ones, 1e-4, 50);
           auto const r = run<A>(p);
           CAPTURE(rows);
@@ -481,21 +483,18 @@ TEST_CASE("sinkhorn: the safeguard around Newton's step, its damping, and the eq
   CHECK_FALSE(math::sinkhorn_newton_step(4, apart.data(), b.data()));
 }
 
-TEST_CASE("sinkhorn: the same bits for any number of threads") {
+TEST_CASE("sinkhorn: the same bits in every run, for any number of threads") {
   for (std::int64_t experts : {8, 64}) {
     auto p = normal_in<float>(experts == 8 ? 20011 : 3001, experts, 2, 2);
     for (auto m : {mode::sound, mode::reference}) {
       p.options = {.mode = m, .tolerance = m == mode::sound ? 1e-5 : 0};
       auto const one = run<float>(p);
-      if constexpr (requires(test_policy policy) { policy.threads; })
-        for (int threads : {1, 2, 5}) {
-          test_policy policy = make_policy();
-          policy.threads = threads;
-          auto const again = run<float>(p, policy);
-          test::check_equal(again.offset, one.offset, "offset");
-          test::check_equal(again.plan, one.plan, "plan");
-          CHECK(again.report.error == one.report.error);
-        }
+      test::each_thread_count({1, 2, 5}, [&](test_policy policy) {
+        auto const again = run<float>(p, policy);
+        test::check_equal(again.offset, one.offset, "offset");
+        test::check_equal(again.plan, one.plan, "plan");
+        CHECK(again.report.error == one.report.error);
+      });
     }
   }
 }

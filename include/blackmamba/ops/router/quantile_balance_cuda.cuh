@@ -212,12 +212,9 @@ struct backend<quantile_balance, device::cuda> {
                                                         .counts = reinterpret_cast<unsigned long long*>(counts.data())};
     constexpr int threads = cuda::detail::quantile_threads;
     unsigned const blocks = rows * experts <= 8 * threads ? 1 : cuda::strided_blocks_for(rows, threads, 1);
-    cuda::launch("quantile_balance", policy,
-                 {.blocks = blocks,
-                  .threads = threads,
-                  .shared_bytes = 48 * static_cast<std::size_t>(experts),
-                  .cooperative = blocks > 1},
-                 cuda::detail::quantile_rounds<A>, arguments);
+    cuda::grid shape{blocks, threads, 48 * static_cast<std::size_t>(experts)};
+    shape.cooperative = blocks > 1;
+    cuda::launch("quantile_balance", policy, shape, cuda::detail::quantile_rounds<A>, arguments);
   }
 };
 

@@ -90,12 +90,6 @@ class sinkhorn_sweeps {
         s[j * e + k] = s[k * e + j] = mean * static_cast<double>(w[j]) * static_cast<double>(w[k]);
       }
   }
-  /// The stride at which a pair_sweep costs no more than a sweep, as long as enough rows are left for the Newton step
-  /// to be good: with s from 128 E rows it still divides the error by ten and more.
-  std::int64_t sample_stride() const {
-    std::int64_t const most = rows() / (128 * experts());
-    return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
-  }
   /// log c_j, exactly at any spread of the logits: nothing underflows.
   void log_sweep(double const* g, double* log_marginal) {
     std::int64_t const e = experts();
@@ -341,7 +335,7 @@ struct backend<sinkhorn, device::cpu> {
     if (!how.newton || e > sinkhorn::newton_experts) progress.newton_below = 0;
     double const tolerance = progress.tolerance;
     double error = 0;
-    std::int64_t stride = sweeps.sample_stride();
+    std::int64_t stride = sinkhorn::sample_stride(sweeps.rows(), e);
     while (sweeps.voters() > 0) {
       error = measure(sweeps, s, e);
       if (tolerance > 0) progress.tolerance = std::max(tolerance, rounding<A>(s.g, e));

@@ -87,14 +87,17 @@ BLACKMAMBA_HD inline bool sinkhorn_newton_step(std::int64_t n, double* s, double
 /// that reach + log(1 + range - reach) of the range. Third derivatives of a log-sum-exp are bounded by the range of a
 /// step times its second derivatives (Bach, "Self-concordant analysis for logistic regression", 2010, section 2):
 /// with reach 0 this is the damping at which Newton's method rises from any start.
+BLACKMAMBA_HD inline double sinkhorn_damping(double range, double reach) {
+  return range > reach ? (reach + log1p(range - reach)) / range : 1.0;
+}
+/// The same for the step d of n offsets.
 BLACKMAMBA_HD inline double sinkhorn_damping(std::int64_t n, double const* d, double reach) {
   double low = 0, high = 0;
   for (std::int64_t k = 0; k < n; ++k) {
     low = min(low, d[k]);
     high = max(high, d[k]);
   }
-  double const range = high - low;
-  return range > reach ? (reach + log1p(range - reach)) / range : 1.0;
+  return sinkhorn_damping(high - low, reach);
 }
 
 /// What the iteration does next, told from the error that a sweep has found.

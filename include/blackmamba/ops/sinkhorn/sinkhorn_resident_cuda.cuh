@@ -1,0 +1,601 @@
+#pragma once
+#include <blackmamba/ops/sinkhorn/sinkhorn_sweeps_cuda.cuh>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+/// Sound mode for at most 8 experts in float: K stays in registers and shared memory from the first sweep to the last
+/// (beyond about a million rows the rest lies in memory). One launch; instantiated once.
+///
+/// Floors of a pass over M rows: 20 instructions a row (36 more for Newton's pairs, on a sample of the rows), and the
+/// way of the partial sums from every block to every block. That way costs no grid barrier: a sum travels together with
+/// the number of its sweep in one word of 64 bits, and who needs it reads until the number is right. Two sets of words
+/// take turns, so that nobody overwrites what a late block still reads: who writes for sweep n + 2 has read all of
+/// n + 1, which every block wrote after it had read all of n. All blocks add the sums in one order and decide the same.
+namespace blackmamba::cuda::detail {
+
+struct sinkhorn_resident {
+  static constexpr int experts = 8;
+  static constexpr int pairs = experts * (experts - 1) / 2;
+  static constexpr int sums = experts + 1 + pairs;  // columns, rows without a vote, pairs
+  static constexpr int threads = 512, warps = threads / 32;
+  static constexpr int register_rows = 4;  // of a thread; the next ones are in shared memory
+  static constexpr int most_shared_rows = 12;
+  static constexpr int batch = 4;          // rows that are loaded side by side
+  static constexpr int most_blocks = 160;  // five words for each lane of the warp that reads a sum
+  static constexpr std::int64_t rows_of_one_block = 2048;
+  static constexpr std::size_t bytes_of_shared_row = threads * experts * sizeof(float);
+};
+
+struct sinkhorn_resident_arguments {
+  sinkhorn_arguments<float> of;
+  int rows_per_thread, shared_rows;
+  bool packs;  // a row of logits is two packs of four
+};
+
+__device__ __forceinline__ float sinkhorn_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+/// 1 / x for normal x > 0.
+__device__ __forceinline__ double sinkhorn_reciprocal(double x) {
+  double y;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
+  y = fma(fma(-x, y, 1.0), y, y);
+  return fma(fma(-x, y, 1.0), y, y);
+}
+
+/// Sums N values, a power of two, over the 32 lanes of a warp: lane l ends with the sum of value l N / 32.
+template <int N>
+__device__ __forceinline__ float sinkhorn_scatter_sum(float (&v)[N], int lane) {
+  int distance = 16;
+#pragma unroll
+  for (int n = N / 2; n > 0; n /= 2, distance /= 2) {
+    bool const upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      float const sent = upper ? v[i] : v[i + n];
+      v[i] = (upper ? v[i + n] : v[i]) + __shfl_xor_sync(0xffffffffu, sent, distance);
+    }
+  }
+  float sum = v[0];
+  for (; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  return sum;
+}
+
+/// math::sinkhorn_newton_step for n <= 8, in registers. pair(j, k) gives s_jk, d(j) the right-hand side.
+template <class Pair>
+__device__ __forceinline__ bool sinkhorn_newton_in_registers(int n, Pair&& pair, double (&d)[8]) {
+  double s[8][8], inverse[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int k = j + 1; k < 8; ++k) s[j][k] = k < n ? pair(j, k) : 0.0;
+  bool solved = true;
+#pragma unroll
+  for (int k = 0; k < 7; ++k) {
+    if (k + 1 >= n) break;
+    double degree = 0;
+#pragma unroll
+    for (int j = k + 1; j < 8; ++j) degree += s[k][j];
+    solved = solved && degree > 1e-300;
+    inverse[k] = sinkhorn_reciprocal(degree);
+#pragma unroll
+    for (int j = k + 1; j < 8; ++j) {
+      double const share = s[k][j] * inverse[k];
+      d[j] = fma(share, d[k], d[j]);
+#pragma unroll
+      for (int i = j + 1; i < 8; ++i) s[j][i] = fma(share, s[k][i], s[j][i]);
+    }
+  }
+#pragma unroll
+  for (int k = 7; k >= 0; --k) {
+    if (k >= n - 1) {
+      d[k] = 0;
+      continue;
+    }
+    double sum = d[k];
+#pragma unroll
+    for (int j = k + 1; j < 8; ++j) sum = fma(s[k][j], d[j], sum);
+    d[k] = sum * inverse[k];
+    solved = solved && math::abs(d[k]) < 1e300;
+  }
+  return solved;
+}
+
+/// Shared memory besides the rows.
+struct sinkhorn_resident_shared {
+  using as = sinkhorn_resident;
+  float part[as::sums][as::warps + 1];
+  double sums[as::sums];
+  double g[as::experts], log_marginal[as::experts], merge[2 * as::warps];
+  float base[as::experts], w[as::experts];
+  int command, stride;
+};
+
+/// What all threads do next.
+enum sinkhorn_command { sinkhorn_stop, sinkhorn_sweep, sinkhorn_pair_sweep, sinkhorn_rebase, sinkhorn_log };
+
+/// The rows of a thread and the sweeps over them.
+class sinkhorn_resident_rows {
+  using as = sinkhorn_resident;
+
+ public:
+  __device__ __forceinline__ sinkhorn_resident_rows(sinkhorn_resident_arguments const& p,
+                                                    sinkhorn_resident_shared& shared, float4* rows)
+      : p_(p),
+        shared_(shared),
+        rows_(rows),
+        thread_(static_cast<int>(threadIdx.x)),
+        warp_(thread_ / 32),
+        lane_(thread_ % 32),
+        first_(std::int64_t{blockIdx.x} * p.rows_per_thread * as::threads),
+        words_(reinterpret_cast<unsigned long long*>(p.of.kernel)) {}
+
+  __device__ __forceinline__ std::int64_t first() const { return first_ < p_.of.rows ? first_ : p_.of.rows; }
+  __device__ __forceinline__ std::int64_t last() const {
+    std::int64_t const end = first_ + std::int64_t{p_.rows_per_thread} * as::threads;
+    return end < p_.of.rows ? end : p_.of.rows;
+  }
+
+  /// No word of this block's is one that somebody waits for.
+  __device__ __forceinline__ void clear_words() {
+    for (int i = thread_; i < 2 * as::sums; i += as::threads) words_[std::int64_t{i} * gridDim.x + blockIdx.x] = 0;
+  }
+  /// K_ij = e^(beta (x_ij - max_j x_ij) + base_j - m_i) with m_i such that the largest K of a row is 1. Returns how many
+  /// of the thread's rows have no vote.
+  __device__ __forceinline__ int build() {
+    float base[as::experts];
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j) base[j] = shared_.base[j];
+    int refused = 0;
+    for (int r = 0; r < p_.rows_per_thread; r += as::batch) {
+      float k[as::batch][as::experts];
+#pragma unroll
+      for (int b = 0; b < as::batch; ++b) load(r + b, k[b]);
+#pragma unroll
+      for (int b = 0; b < as::batch; ++b) {
+        bool const here = r + b < p_.rows_per_thread && row(r + b) < p_.of.rows;
+        bool const votes = here && build_row(k[b], base);
+        refused += here && !votes ? 1 : 0;
+#pragma unroll
+        for (int j = 0; j < as::experts; ++j) k[b][j] = votes ? k[b][j] : 0.0f;
+      }
+      if (r == 0) {
+#pragma unroll
+        for (int b = 0; b < as::batch; ++b)
+#pragma unroll
+          for (int j = 0; j < as::experts; ++j) kernel_[b][j] = k[b][j];
+      } else {
+#pragma unroll
+        for (int b = 0; b < as::batch; ++b)
+          if (r + b < p_.rows_per_thread) store(r + b, k[b]);
+      }
+    }
+    return refused;
+  }
+  __device__ __forceinline__ void tell_refused(int refused) {
+    refused = warp_sum(refused);
+    if (lane_ == 0) shared_.part[as::experts][warp_] = static_cast<float>(refused);
+  }
+  /// sums_j = sum_i p_ij with p_ij = K_ij w_j / sum_j K_ij w_j, and with pairs the sums of p_ij p_ik over the rows of
+  /// every `stride`-th warp. In shared memory, the same in every block.
+  __device__ __forceinline__ void sweep(bool with_pairs, int stride) {
+    float w[as::experts], column[as::experts];
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j) {
+      w[j] = shared_.w[j];
+      column[j] = 0;
+    }
+    // Warps that are looked at are spread over the four schedulers.
+    bool const looked_at = with_pairs && (warp_ - warp_ / 8) % stride == 0;
+    if (looked_at) {
+      float pair[32];
+#pragma unroll
+      for (int i = 0; i < 32; ++i) pair[i] = 0;
+      each_row([&](float const(&k)[as::experts], int) {
+        float share[as::experts];
+        shares(k, w, share);
+#pragma unroll
+        for (int j = 0; j < as::experts; ++j) column[j] += share[j];
+        int at = 0;
+#pragma unroll
+        for (int j = 0; j < as::experts; ++j)
+#pragma unroll
+          for (int i = j + 1; i < as::experts; ++i, ++at) pair[at] = math::fma(share[j], share[i], pair[at]);
+      });
+      float const sum = sinkhorn_scatter_sum(pair, lane_);
+      if (lane_ < as::pairs) shared_.part[as::experts + 1 + lane_][warp_] = sum;
+    } else {
+      each_row([&](float const(&k)[as::experts], int) {
+        float share[as::experts];
+        shares(k, w, share);
+#pragma unroll
+        for (int j = 0; j < as::experts; ++j) column[j] += share[j];
+      });
+      if (with_pairs && lane_ < as::pairs) shared_.part[as::experts + 1 + lane_][warp_] = 0;
+    }
+    float const sum = sinkhorn_scatter_sum(column, lane_);
+    if (lane_ % 4 == 0) shared_.part[lane_ / 4][warp_] = sum;
+    exchange(with_pairs ? as::sums : as::experts + 1);
+  }
+  __device__ __forceinline__ void write_plan(float mass) {
+    float w[as::experts];
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j) w[j] = shared_.w[j];
+    each_row([&](float const(&k)[as::experts], int r) {
+      if (row(r) >= p_.of.rows) return;
+      float share[as::experts];
+      shares(k, w, share);
+#pragma unroll
+      for (int j = 0; j < as::experts; ++j)
+        if (j < p_.of.experts) p_.of.plan[row(r) * p_.of.plan_stride + j] = share[j] * mass;
+    });
+  }
+
+ private:
+  __device__ __forceinline__ std::int64_t row(int r) const { return first_ + std::int64_t{r} * as::threads + thread_; }
+
+  __device__ __forceinline__ void load(int r, float (&x)[as::experts]) const {
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j) x[j] = 0;
+    if (r >= p_.rows_per_thread || row(r) >= p_.of.rows) return;
+    float const* const from = p_.of.logits + row(r) * p_.of.logits_stride;
+    if (p_.packs) {
+      float4 const low = *reinterpret_cast<float4 const*>(from), high = *reinterpret_cast<float4 const*>(from + 4);
+      x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+      x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    } else {
+#pragma unroll
+      for (int j = 0; j < as::experts; ++j)
+        if (j < p_.of.experts) x[j] = from[j];
+    }
+  }
+  /// Turns logits into K; returns whether the row has a vote.
+  __device__ __forceinline__ bool build_row(float (&x)[as::experts], float const (&base)[as::experts]) const {
+    float test = 0, largest = -INFINITY, shift = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j)
+      if (j < p_.of.experts) {
+        test += x[j] * 0.0f;
+        largest = math::max(largest, x[j]);
+      }
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j) {
+      x[j] = j < p_.of.experts ? math::fma(p_.of.beta, x[j] - largest, base[j]) : -INFINITY;
+      shift = math::max(shift, x[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j) x[j] = math::exp(x[j] - shift);
+    return test == 0.0f;
+  }
+
+  __device__ __forceinline__ float4* in_shared(int r, int half) const {
+    return rows_ + ((r - as::register_rows) * 2 + half) * as::threads + thread_;
+  }
+  __device__ __forceinline__ float* in_memory(int r, int j) const {
+    std::int64_t const threads = std::int64_t{gridDim.x} * as::threads;
+    float* const rest = reinterpret_cast<float*>(words_ + std::int64_t{2} * as::sums * gridDim.x);
+    return rest + (std::int64_t{r - as::register_rows - p_.shared_rows} * p_.of.experts + j) * threads +
+           std::int64_t{blockIdx.x} * as::threads + thread_;
+  }
+  __device__ __forceinline__ void store(int r, float const (&k)[as::experts]) const {
+    if (r < as::register_rows + p_.shared_rows) {
+      *in_shared(r, 0) = make_float4(k[0], k[1], k[2], k[3]);
+      *in_shared(r, 1) = make_float4(k[4], k[5], k[6], k[7]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < as::experts; ++j)
+        if (j < p_.of.experts) *in_memory(r, j) = k[j];
+    }
+  }
+  /// Calls body(K of a row, number of the row).
+  template <class Body>
+  __device__ __forceinline__ void each_row(Body&& body) const {
+#pragma unroll
+    for (int r = 0; r < as::register_rows; ++r)
+      if (r < p_.rows_per_thread) body(kernel_[r], r);
+    int const shared_end = min(p_.rows_per_thread, as::register_rows + p_.shared_rows);
+#pragma unroll 2
+    for (int r = as::register_rows; r < shared_end; ++r) {
+      float4 const low = *in_shared(r, 0), high = *in_shared(r, 1);
+      float const k[as::experts] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      body(k, r);
+    }
+    for (int r = as::register_rows + p_.shared_rows; r < p_.rows_per_thread; ++r) {
+      float k[as::experts];
+#pragma unroll
+      for (int j = 0; j < as::experts; ++j) k[j] = j < p_.of.experts ? *in_memory(r, j) : 0.0f;
+      body(k, r);
+    }
+  }
+  __device__ __forceinline__ static void shares(float const (&k)[as::experts], float const (&w)[as::experts],
+                                                float (&share)[as::experts]) {
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j) share[j] = k[j] * w[j];
+    float const sum = ((share[0] + share[1]) + (share[2] + share[3])) + ((share[4] + share[5]) + (share[6] + share[7]));
+    float const scale = sinkhorn_reciprocal(sum + math::sinkhorn_no_vote);
+#pragma unroll
+    for (int j = 0; j < as::experts; ++j) share[j] *= scale;
+  }
+
+  /// Adds the parts of the warps, and then those of the blocks.
+  __device__ __forceinline__ void exchange(int count) {
+    __syncthreads();
+    ++number_;
+    unsigned long long* const words = words_ + (number_ & 1) * std::int64_t{as::sums} * gridDim.x;
+    if (thread_ < count) {
+      float sum[as::warps];
+#pragma unroll
+      for (int v = 0; v < as::warps; ++v) sum[v] = shared_.part[thread_][v];
+#pragma unroll
+      for (int n = as::warps / 2; n > 0; n /= 2)
+#pragma unroll
+        for (int v = 0; v < n; ++v) sum[v] += sum[v + n];
+      if (gridDim.x == 1)
+        shared_.sums[thread_] = static_cast<double>(sum[0]);
+      else
+        asm volatile(
+            "st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(words + std::int64_t{thread_} * gridDim.x + blockIdx.x),
+            "l"(static_cast<unsigned long long>(number_) << 32 | __float_as_uint(sum[0]))
+            : "memory");
+    }
+    if (gridDim.x > 1) {
+      constexpr int own = (as::sums + as::warps - 1) / as::warps, reads = as::most_blocks / 32;
+      unsigned long long word[own][reads];
+      bool ready;
+      do {
+        ready = true;
+#pragma unroll
+        for (int q = 0; q < own; ++q)
+#pragma unroll
+          for (int i = 0; i < reads; ++i) {
+            auto const b = static_cast<unsigned>(lane_ + 32 * i);
+            int const v = warp_ + as::warps * q;
+            word[q][i] = static_cast<unsigned long long>(number_) << 32;  // zero
+            if (v < count && b < gridDim.x)
+              asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+                           : "=l"(word[q][i])
+                           : "l"(words + std::int64_t{v} * gridDim.x + b)
+                           : "memory");
+          }
+#pragma unroll
+        for (int q = 0; q < own; ++q)
+#pragma unroll
+          for (int i = 0; i < reads; ++i) ready = ready && static_cast<unsigned>(word[q][i] >> 32) == number_;
+      } while (!ready);
+      __syncwarp();
+#pragma unroll
+      for (int q = 0; q < own; ++q) {
+        int const v = warp_ + as::warps * q;
+        if (v >= count) break;
+        double sum = 0;
+#pragma unroll
+        for (int i = 0; i < reads; ++i) sum += static_cast<double>(__uint_as_float(static_cast<unsigned>(word[q][i])));
+        sum = warp_sum(sum);
+        if (lane_ == 0) shared_.sums[v] = sum;
+      }
+    }
+    __syncthreads();
+  }
+
+  sinkhorn_resident_arguments const& p_;
+  sinkhorn_resident_shared& shared_;
+  float4* rows_;
+  int thread_, warp_, lane_;
+  std::int64_t first_;
+  unsigned long long* words_;
+  unsigned number_ = 0;  // of the sweep; a launch makes fewer than 2^32
+  float kernel_[as::register_rows][as::experts];
+};
+
+/// What the first warp decides between sweeps. Lane l stands for expert l % 8.
+class sinkhorn_resident_control {
+  using as = sinkhorn_resident;
+  using action = math::sinkhorn_progress::action;
+
+ public:
+  __device__ __forceinline__ sinkhorn_resident_control(sinkhorn_arguments<float> const& p,
+                                                       sinkhorn_resident_shared& shared)
+      : p_(p), shared_(shared), j_(static_cast<int>(threadIdx.x % as::experts)), real_(j_ < p.experts) {
+    progress_.tolerance = p.fixed ? -1.0 : p.tolerance;
+    progress_.limit = p.limit;
+    if (!p.newton) progress_.newton_below = 0;
+    stride_ = static_cast<int>(p.sample_stride);
+  }
+
+  __device__ __forceinline__ void start() {
+    float const x = real_ ? p_.offset[j_] : 0.0f;
+    bool const warm = __all_sync(0xffffffffu, isfinite(x));
+    g_ = warm ? static_cast<double>(x) : 0.0;
+    normalise();
+    rebase();
+    // A cold start is too far from the solution for Newton's step.
+    pairs_ = p_.newton && smallest(real_ ? g_ : 0.0) < 0;
+    publish(sinkhorn_sweep);
+  }
+  /// After a sweep.
+  __device__ __forceinline__ void decide() {
+    if (!begun_) voters_ = static_cast<double>(p_.rows) - shared_.sums[as::experts];
+    begun_ = true;
+    if (!(voters_ > 0)) return stop(0);
+    bool const waited = waiting_;  // for the pairs: the step is decided already
+    if (!waited) {
+      marginal_ = shared_.sums[j_] / voters_;
+      error_ = largest(real_ ? math::sinkhorn_error(marginal_, p_.experts) : 0.0);
+      if (!p_.fixed) progress_.tolerance = math::max(p_.tolerance, 8 * 0x1p-23 * (1 - smallest(real_ ? g_ : 0.0)));
+      if (progress_.trial && !(error_ < progress_.saved_error / 4)) stride_ = 1;
+      next_ = progress_.next(error_);
+      if (progress_.reach == 0) stride_ = 1;
+      if (next_ == action::stop) return stop(error_);
+      if (next_ == action::stop_at_saved || next_ == action::fixed_point_from_saved) {
+        g_ = saved_g_;
+        marginal_ = saved_marginal_;
+        error_ = progress_.saved_error;
+        if (next_ == action::stop_at_saved) {
+          weigh();
+          return stop(error_);
+        }
+        next_ = action::fixed_point;
+      }
+    }
+    waiting_ = false;
+    if (next_ == action::newton) {
+      if (!pairs_ || swept_stride_ != stride_) {
+        pairs_ = waiting_ = true;
+        return publish(sinkhorn_sweep);
+      }
+      saved_g_ = g_;
+      saved_marginal_ = marginal_;
+      if (!newton()) {
+        progress_.refuse_newton();
+        next_ = action::fixed_point;
+      }
+    }
+    if (next_ == action::fixed_point) {
+      // An expert that all rows shun by far has lost its marginal to underflow: take the logarithm's way once.
+      if (smallest(real_ ? marginal_ : 1.0) < 1e-17) {
+        if (threadIdx.x < as::experts) shared_.g[j_] = g_;
+        return publish(sinkhorn_log);
+      }
+      // Of E c, near 1, single precision has the logarithm to better than the rounding of g.
+      g_ -= static_cast<double>(logf(static_cast<float>(marginal_ * p_.experts)));
+    }
+    go_on();
+  }
+  /// After a sweep in logarithms.
+  __device__ __forceinline__ void continue_from_log() {
+    g_ += real_ ? math::sinkhorn_column_step(shared_.log_marginal[j_], p_.experts) : 0.0;
+    go_on();
+  }
+  __device__ __forceinline__ double voters() const { return voters_; }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ static double over_experts(double x, F&& combine) {
+    return warp_reduce<as::experts>(x, combine);
+  }
+  __device__ __forceinline__ static double smallest(double x) {
+    return over_experts(x, [](double a, double b) { return a < b ? a : b; });
+  }
+  __device__ __forceinline__ static double largest(double x) {
+    return over_experts(x, [](double a, double b) { return a > b ? a : b; });
+  }
+
+  /// The offsets have moved: weights for the next sweep, and what to look at in it.
+  __device__ __forceinline__ void go_on() {
+    normalise();
+    bool const near = weigh();
+    if (!near) rebase();
+    // Newton's step needs the pairs if the next error is below newton_below and above the tolerance. A fixed-point step
+    // takes about half of the error away, and Newton's more than nine tenths of it; a wrong guess costs a sweep.
+    double const guess = error_ * (next_ == action::newton ? 0.05 : 0.6);
+    pairs_ = guess < progress_.newton_below && (p_.fixed || guess > progress_.tolerance) &&
+             progress_.passes < progress_.limit;
+    publish(near ? sinkhorn_sweep : sinkhorn_rebase);
+  }
+  __device__ __forceinline__ bool newton() {
+    double const factor = static_cast<double>(stride_) / voters_;
+    double d[as::experts];
+    double const b = real_ ? 1 / static_cast<double>(p_.experts) - marginal_ : 0.0;
+#pragma unroll
+    for (int k = 0; k < as::experts; ++k) d[k] = __shfl_sync(0xffffffffu, b, k);
+    double const* const pairs = shared_.sums + as::experts + 1;
+    bool const solved = sinkhorn_newton_in_registers(
+        p_.experts, [&](int j, int k) { return pairs[j * (2 * as::experts - j - 1) / 2 + k - j - 1] * factor; }, d);
+    if (!solved) return false;
+    double step = 0;
+#pragma unroll
+    for (int k = 0; k < as::experts; ++k) step = k == j_ ? d[k] : step;
+    double const range = largest(math::max(step, 0.0)) - smallest(math::min(step, 0.0));
+    g_ += math::sinkhorn_damping(range, progress_.reach) * step;
+    return true;
+  }
+  __device__ __forceinline__ void normalise() {
+    double const top = largest(real_ ? g_ : -INFINITY);
+    g_ = static_cast<double>(static_cast<float>(g_ - top));
+  }
+  __device__ __forceinline__ void rebase() {
+    base_ = g_;
+    if (threadIdx.x < as::experts) {
+      shared_.base[j_] = static_cast<float>(g_);
+      shared_.w[j_] = 1;
+    }
+  }
+  /// w = e^(g - base). Returns whether g is near enough to the base.
+  __device__ __forceinline__ bool weigh() {
+    float const moved = real_ ? static_cast<float>(g_ - base_) : 0.0f;
+    if (threadIdx.x < as::experts) shared_.w[j_] = math::exp(moved);
+    return __all_sync(0xffffffffu, math::abs(moved) < 30.0f);
+  }
+  __device__ __forceinline__ void publish(sinkhorn_command command) {
+    if (threadIdx.x == 0) {
+      shared_.command = command == sinkhorn_sweep && pairs_ ? sinkhorn_pair_sweep : command;
+      shared_.stride = stride_;
+    }
+    if (command == sinkhorn_rebase) pairs_ = false;
+    swept_stride_ = stride_;
+  }
+  __device__ __forceinline__ void stop(double error) {
+    if (threadIdx.x == 0) {
+      shared_.command = sinkhorn_stop;
+      shared_.sums[0] = voters_;
+    }
+    if (blockIdx.x != 0) return;
+    if (threadIdx.x < static_cast<unsigned>(p_.experts)) p_.offset[j_] = static_cast<float>(g_);
+    if (threadIdx.x == 0)
+      *p_.result = {progress_.passes, static_cast<std::int32_t>(static_cast<double>(p_.rows) - voters_),
+                    static_cast<float>(error)};
+  }
+
+  sinkhorn_arguments<float> const& p_;
+  sinkhorn_resident_shared& shared_;
+  int j_;
+  bool real_;  // whether there is an expert j
+  math::sinkhorn_progress progress_{};
+  action next_ = action::stop;
+  bool begun_ = false, pairs_ = false, waiting_ = false;
+  int stride_ = 1, swept_stride_ = 1;
+  double g_ = 0, base_ = 0, saved_g_ = 0, marginal_ = 0, saved_marginal_ = 0, voters_ = 0, error_ = 0;
+};
+
+template <int>
+__global__ void __launch_bounds__(sinkhorn_resident::threads, 1)
+    sinkhorn_resident_sound(sinkhorn_resident_arguments const p) {
+  extern __shared__ __align__(16) unsigned char sinkhorn_memory[];
+  __shared__ sinkhorn_resident_shared shared;
+  sinkhorn_resident_rows rows(p, shared, reinterpret_cast<float4*>(sinkhorn_memory));
+  sinkhorn_resident_control control(p.of, shared);
+  bool const decides = threadIdx.x < 32;
+
+  if (gridDim.x > 1) rows.clear_words();
+  if (decides) control.start();
+  __syncthreads();
+  if (gridDim.x > 1) {
+    auto cleared = cooperative_groups::this_grid().barrier_arrive();
+    rows.tell_refused(rows.build());
+    cooperative_groups::this_grid().barrier_wait(std::move(cleared));
+  } else {
+    rows.tell_refused(rows.build());
+  }
+  while (shared.command != sinkhorn_stop) {
+    rows.sweep(shared.command == sinkhorn_pair_sweep, shared.stride);
+    if (decides) control.decide();
+    __syncthreads();
+    if (shared.command == sinkhorn_log) {
+      sinkhorn_log_sweep(p.of, rows.first(), rows.last(), static_cast<double>(p.of.rows) - shared.sums[8], shared.g,
+                         p.of.sums, shared.merge, shared.log_marginal);
+      if (decides) control.continue_from_log();
+      __syncthreads();
+    }
+    if (shared.command == sinkhorn_rebase) rows.build();
+  }
+  if (p.of.plan) {
+    double const voters = shared.sums[0];
+    rows.write_plan(voters > 0 ? 1.0f / static_cast<float>(voters) : 0.0f);
+  }
+}
+
+}  // namespace blackmamba::cuda::detail
