@@ -254,8 +254,9 @@ TEST_CASE("attention: steps of sequences of different lengths, over several chun
   }
 }
 
-TEST_CASE("attention: the same bits for any number of threads") {
-  if constexpr (requires(test_policy p) { p.threads; })
+template <class P>
+void check_thread_counts() {
+  if constexpr (requires(P p) { p.threads; })
     for (shape const& s :
          {batch_of(3, 200, 4, 4, 24), batch_of(1, 260, 2, 1, 40), packed_of({100, 3, 150}, 4, 2, 16)}) {
       auto const x = random_tensors(s);
@@ -266,7 +267,7 @@ TEST_CASE("attention: the same bits for any number of threads") {
       auto const token = random_tensors(first, 9);
       test::values step_y;
       for (int threads : {1, 2, 5, 16}) {
-        test_policy policy = make_policy();
+        P policy = make_policy();
         policy.threads = threads;
         auto const again = run<float>(s, x, policy);
         test::check_equal(again.y, forward.y, "y");
@@ -284,6 +285,7 @@ TEST_CASE("attention: the same bits for any number of threads") {
       }
     }
 }
+TEST_CASE("attention: the same bits for any number of threads") { check_thread_counts<test_policy>(); }
 
 TEST_CASE("attention: scratch is what scratch_bytes says") {
   auto const s = packed_of({70, 3, 20}, 4, 2, 12);
@@ -298,15 +300,15 @@ TEST_CASE("attention: scratch is what scratch_bytes says") {
   };
   auto const y = run<float>(s, x);
   cache_tensors<float> cache(s, 300);
-  check(attention::scratch_bytes<float>(1, 93, 12, true, false),
+  check(attention::scratch_bytes<float, test::test_space>(1, 93, 2, 12, true, false),
         [&](test_policy const& p) { test::check_equal(run<float>(s, x, p).y, y.y, "y"); });
-  check(attention::scratch_bytes<float>(1, 93, 12, true, true),
+  check(attention::scratch_bytes<float, test::test_space>(1, 93, 2, 12, true, true),
         [&](test_policy const& p) { test::check_equal(prefill<float>(s, x, cache, p).y, y.y, "y"); });
   auto const g = run_backward<float>(s, x, y, x.q);
-  check(attention::backward_scratch_bytes<float>(1, 93, 4, 12, 3, true),
+  check(attention::backward_scratch_bytes<float, test::test_space>(1, 93, 4, 2, 12, 3, true),
         [&](test_policy const& p) { test::check_equal(run_backward<float>(s, x, y, x.q, p).q, g.q, "d_q"); });
   auto const one = batch_of(3, 1, 4, 2, 12);
-  check(attention::step_scratch_bytes<float>(3, 4, 12, 300),
+  check(attention::step_scratch_bytes<float, test::test_space>(3, 4, 2, 12, 300),
         [&](test_policy const& p) { CHECK(step<float>(one, random_tensors(one), cache, p).size() == 144); });
 }
 

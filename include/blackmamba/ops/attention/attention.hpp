@@ -24,7 +24,8 @@ namespace blackmamba {
 /// Sequences are rows of the batch, or with cu_seqlens the pieces [cu_seqlens[s], cu_seqlens[s+1]) of the one row;
 /// attention never crosses them. S stands for the number of sequences.
 /// Bitwise repeatable, independent of the number of threads and of the other sequences. Arithmetic in accum_t<T>; the
-/// angles are made in double.
+/// angles are made in double. On CUDA, products of bfloat16 and half take their operands in T, as tensor cores do:
+/// rotated queries and keys, weights and the gradients of scores are rounded to T once, and summed in float.
 struct attention {
   template <device_policy P, storage T>
   struct inputs {
@@ -50,7 +51,8 @@ struct attention {
   ///
   /// With a cache, the L tokens of each sequence are appended to it, and attend over everything that it holds: a
   /// prompt may come in pieces, and gives the same bits as whole. Tokens that would exceed the capacity: value_error,
-  /// nothing is changed (cpu; on other devices a precondition). Scratch: scratch_bytes<T>(B, L, dh, rotary, cached).
+  /// nothing is changed (cpu; on other devices a precondition).
+  /// Scratch: scratch_bytes<T, memory space>(B, L, Hkv, dh, rotary, cached).
   template <device_policy P, storage T>
   static void forward(P const& policy, inputs<home<P>, T> const& in, out<P, T, dyn, dyn, dyn, dyn> y,
                       results<home<P>, T> const& keep = {}) {
@@ -60,9 +62,12 @@ struct attention {
     check_optional_shape("attention", "lse", keep.lse, {batch, heads, length});
     if (cached) check_cache("attention", keep.cache, sequences(batch, in.cu_seqlens), in.k.extent(2), head_dim);
     if (y.size() == 0) return;
-    scratch<P> memory(policy, scratch_bytes<T>(batch, length, head_dim, in.rotary_base != 0, cached));
-    auto const tables =
-        allocate_rotary<T>(memory, in.rotary_base != 0 ? (cached ? batch * length : length) : 0, head_dim);
+    bool const rotary = in.rotary_base != 0;
+    scratch<P> memory(
+        policy, scratch_bytes<T, typename P::memory_space>(batch, length, in.k.extent(2), head_dim, rotary, cached));
+    auto tables = allocate_rotary<T>(memory, rotary ? (cached ? batch * length : length) : 0, head_dim);
+    if constexpr (on_device<P>)
+      if (rotary && !cached) tables.k = memory.template allocate<T>(batch, length, in.k.extent(2), head_dim);
     backend_of<attention, P>::forward(policy, in, y, keep, tables);
   }
 
@@ -87,7 +92,7 @@ struct attention {
   /// With dp_ij = d_y[i] . v[j] and ds_ij = p_ij (dp_ij - d_y[i] . y[i]) / sqrt(dh):
   ///   d_v[j] = sum_i p_ij d_y[i],  d_q[i] = R_i^T sum_j ds_ij R_j k[j],  d_k[j] = R_j^T sum_i ds_ij R_i q[i]
   /// where d_k and d_v also sum over the query heads that share a key/value head. The scores are computed again.
-  /// Scratch: backward_scratch_bytes<T>(B, L, Hq, dh, S, rotary).
+  /// Scratch: backward_scratch_bytes<T, memory space>(B, L, Hq, Hkv, dh, S, rotary).
   template <device_policy P, storage T>
   static void backward(P const& policy, gradient_inputs<home<P>, T> const& in, gradients<home<P>, T> const& grad) {
     auto const batch = grad.d_q.extent(0), length = grad.d_q.extent(1), heads = grad.d_q.extent(2),
@@ -101,12 +106,22 @@ struct attention {
     check_shape("attention.backward", "d_v", grad.d_v, {batch, length, kv_heads, head_dim});
     if (grad.d_q.size() == 0) return;
     auto const count = sequences(batch, in.cu_seqlens);
-    scratch<P> memory(policy, backward_scratch_bytes<T>(batch, length, heads, head_dim, count, in.rotary_base != 0));
-    auto const tables = allocate_rotary<T>(memory, in.rotary_base != 0 ? length : 0, head_dim);
+    bool const rotary = in.rotary_base != 0;
+    scratch<P> memory(policy, backward_scratch_bytes<T, typename P::memory_space>(batch, length, heads, kv_heads,
+                                                                                  head_dim, count, rotary));
+    auto tables = allocate_rotary<T>(memory, rotary ? length : 0, head_dim);
     auto const delta = memory.template allocate<accum_t<T>>(batch, heads, length);
-    auto const d_q =
-        memory.template allocate<accum_t<T>>(heads, gradient_rows(batch, length, count), gradient_columns(head_dim));
-    backend_of<attention, P>::backward(policy, in, grad, tables, delta, d_q);
+    if constexpr (on_device<P>) {
+      if (rotary) {
+        tables.q = memory.template allocate<T>(batch, length, heads, head_dim);
+        tables.k = memory.template allocate<T>(batch, length, kv_heads, head_dim);
+      }
+      backend_of<attention, P>::backward(policy, in, grad, tables, delta);
+    } else {
+      auto const d_q =
+          memory.template allocate<accum_t<T>>(heads, gradient_rows(batch, length, count), gradient_columns(head_dim));
+      backend_of<attention, P>::backward(policy, in, grad, tables, delta, d_q);
+    }
   }
 
   template <device_policy P, storage T>
@@ -117,7 +132,7 @@ struct attention {
     float rotary_base = 10000;
   };
   /// One token for each sequence: forward with L = 1, reading the cache once. y (B, Hq, dh).
-  /// Scratch: step_scratch_bytes<T>(B, Hq, dh, capacity).
+  /// Scratch: step_scratch_bytes<T, memory space>(B, Hq, Hkv, dh, capacity).
   template <device_policy P, storage T>
   static void step(P const& policy, step_inputs<home<P>, T> const& in, attention::cache<home<P>, T> const& state,
                    out<P, T, dyn, dyn, dyn> y) {
@@ -129,10 +144,18 @@ struct attention {
     check_cache("attention.step", state, batch, kv_heads, head_dim);
     if (y.size() == 0) return;
     auto const capacity = state.key.extent(1);
-    scratch<P> memory(policy, step_scratch_bytes<T>(batch, heads, head_dim, capacity));
-    auto const angles = memory.template allocate<accum_t<T>>(batch, head_dim);
-    auto const partial = memory.template allocate<accum_t<T>>(batch, step_chunks(capacity), heads, head_dim + 2);
-    backend_of<attention, P>::step(policy, in, state, y, angles, partial);
+    scratch<P> memory(policy,
+                      step_scratch_bytes<T, typename P::memory_space>(batch, heads, kv_heads, head_dim, capacity));
+    if constexpr (on_device<P>) {
+      auto const held = memory.template allocate<std::int32_t>(batch);
+      auto const partial =
+          memory.template allocate<accum_t<T>>(batch, step_splits(capacity, kv_heads), heads, head_dim + 2);
+      backend_of<attention, P>::step(policy, in, state, y, held, partial);
+    } else {
+      auto const angles = memory.template allocate<accum_t<T>>(batch, head_dim);
+      auto const partial = memory.template allocate<accum_t<T>>(batch, step_chunks(capacity), heads, head_dim + 2);
+      backend_of<attention, P>::step(policy, in, state, y, angles, partial);
+    }
   }
 
   /// Largest head dimension.
@@ -142,6 +165,19 @@ struct attention {
   /// A step divides the keys of a sequence into chunks of this many, so that one long sequence occupies all cores.
   static constexpr std::int64_t step_chunk = 128;
   static constexpr std::int64_t step_chunks(std::int64_t keys) { return (keys + step_chunk - 1) / step_chunk; }
+  /// On a device, into parts of whole blocks of step_block keys: as many blocks, until all heads together have about
+  /// step_parts parts; then parts grow with the sequence.
+  static constexpr std::int64_t step_block = 64, step_parts = 512;
+  BLACKMAMBA_HD static constexpr std::int64_t step_part(std::int64_t keys, std::int64_t kv_heads) {
+    std::int64_t const most = step_parts / kv_heads > 0 ? step_parts / kv_heads : 1;
+    std::int64_t const blocks = (keys + step_block - 1) / step_block;
+    return (blocks + most - 1) / most * step_block;
+  }
+  /// The most parts of any sequence that a cache of this capacity holds.
+  static constexpr std::int64_t step_splits(std::int64_t capacity, std::int64_t kv_heads) {
+    std::int64_t const most = std::max<std::int64_t>(step_parts / std::max<std::int64_t>(kv_heads, 1), 1);
+    return std::min((capacity + step_block - 1) / step_block, most);
+  }
 
   /// d_q is summed in accum_t<T>, in rows that are padded to whole vectors; each sequence's rows end in padding.
   static constexpr std::int64_t gradient_row_padding = 8, gradient_column_padding = 16;
@@ -153,45 +189,67 @@ struct attention {
   }
 
   /// Cosines (first half of a row) and sines (second half) of the rotary angles, scratch.
+  /// On a device also queries (backward) and keys (where no cache keeps them) that are turned already: many tiles read
+  /// each.
   template <device_policy P, storage T>
   struct rotary_tables {
-    out<P, accum_t<T>, dyn, dyn> angles;  // (positions, dh)
-    out<P, double, dyn, dyn> steps;       // (rotary_block, dh)  of the first positions, in double
+    out<P, accum_t<T>, dyn, dyn> angles;   // (positions, dh)
+    out<P, double, dyn, dyn> steps;        // (rotary_block, dh)  of the first positions, in double
+    out<P, T, dyn, dyn, dyn, dyn> q = {};  // (B, L, Hq, dh)
+    out<P, T, dyn, dyn, dyn, dyn> k = {};  // (B, L, Hkv, dh)
   };
 
-  template <storage T>
-  static constexpr std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t head_dim,
-                                             bool rotary, bool cached) {
-    return rotary ? rotary_bytes<T>(cached ? batch * length : length, head_dim) : 0;
+  template <storage T, class Space = space::host>
+  static constexpr std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t kv_heads,
+                                             std::int64_t head_dim, bool rotary, bool cached) {
+    if (!rotary) return 0;
+    return rotary_bytes<T>(cached ? batch * length : length, head_dim) +
+           (is_device<Space> && !cached ? scratch_sum(bytes<T>(batch * length * kv_heads * head_dim)) : 0);
   }
-  template <storage T>
+  template <storage T, class Space = space::host>
   static constexpr std::size_t backward_scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t heads,
-                                                      std::int64_t head_dim, std::int64_t sequences, bool rotary) {
-    return (rotary ? rotary_bytes<T>(length, head_dim) : 0) +
-           scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(batch * heads * length),
-                       sizeof(accum_t<T>) * static_cast<std::size_t>(heads * gradient_rows(batch, length, sequences) *
-                                                                     gradient_columns(head_dim)));
+                                                      std::int64_t kv_heads, std::int64_t head_dim,
+                                                      std::int64_t sequences, bool rotary) {
+    std::size_t const common =
+        (rotary ? rotary_bytes<T>(length, head_dim) : 0) + scratch_sum(bytes<accum_t<T>>(batch * heads * length));
+    if constexpr (is_device<Space>)
+      return common + (rotary ? scratch_sum(bytes<T>(batch * length * heads * head_dim),
+                                            bytes<T>(batch * length * kv_heads * head_dim))
+                              : 0);
+    else
+      return common + scratch_sum(bytes<accum_t<T>>(heads * gradient_rows(batch, length, sequences) *
+                                                    gradient_columns(head_dim)));
   }
-  template <storage T>
-  static constexpr std::size_t step_scratch_bytes(std::int64_t batch, std::int64_t heads, std::int64_t head_dim,
-                                                  std::int64_t capacity) {
-    return scratch_sum(
-        sizeof(accum_t<T>) * static_cast<std::size_t>(batch * head_dim),
-        sizeof(accum_t<T>) * static_cast<std::size_t>(batch * heads * step_chunks(capacity) * (head_dim + 2)));
+  template <storage T, class Space = space::host>
+  static constexpr std::size_t step_scratch_bytes(std::int64_t batch, std::int64_t heads, std::int64_t kv_heads,
+                                                  std::int64_t head_dim, std::int64_t capacity) {
+    if constexpr (is_device<Space>)
+      return scratch_sum(bytes<std::int32_t>(batch),
+                         bytes<accum_t<T>>(batch * step_splits(capacity, kv_heads) * heads * (head_dim + 2)));
+    else
+      return scratch_sum(bytes<accum_t<T>>(batch * head_dim),
+                         bytes<accum_t<T>>(batch * heads * step_chunks(capacity) * (head_dim + 2)));
   }
 
  private:
+  template <class Space>
+  static constexpr bool is_device = std::is_same_v<Space, space::device>;
+  template <device_policy P>
+  static constexpr bool on_device = is_device<typename P::memory_space>;
+  template <class T>
+  static constexpr std::size_t bytes(std::int64_t n) {
+    return sizeof(T) * static_cast<std::size_t>(n);
+  }
   template <storage T>
   static constexpr std::size_t rotary_bytes(std::int64_t positions, std::int64_t head_dim) {
-    return scratch_sum(sizeof(accum_t<T>) * static_cast<std::size_t>(positions * head_dim),
-                       sizeof(double) * static_cast<std::size_t>(rotary_block * head_dim));
+    return scratch_sum(bytes<accum_t<T>>(positions * head_dim), bytes<double>(rotary_block * head_dim));
   }
   template <storage T, device_policy P>
   static rotary_tables<home<P>, T> allocate_rotary(scratch<P>& memory, std::int64_t positions, std::int64_t head_dim) {
     if (positions == 0) return {};
     auto const angles = memory.template allocate<accum_t<T>>(positions, head_dim);
     auto const steps = memory.template allocate<double>(rotary_block, head_dim);
-    return {angles, steps};
+    return {.angles = angles, .steps = steps};
   }
   template <class Offsets>
   static std::int64_t sequences(std::int64_t batch, Offsets const& cu_seqlens) {
@@ -234,3 +292,7 @@ struct attention {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/attention/attention_cpu.hpp>
+
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/attention/attention_cuda.cuh>
+#endif
