@@ -1,6 +1,7 @@
 #include "support/golden_files.hpp"
 
 #include <blackmamba/ops/adamw/adamw.hpp>
+#include <blackmamba/ops/add/add.hpp>
 #include <blackmamba/ops/cross_entropy/cross_entropy.hpp>
 #include <blackmamba/ops/embedding/embedding.hpp>
 #include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
@@ -16,6 +17,14 @@
 
 using namespace blackmamba;
 using namespace test::golden_files;
+
+TEST_CASE_TEMPLATE("golden: add", T, double, float) {
+  golden g("add");
+  auto const a = input<T>(1, {2}, 3, 5), b = input<T>(2, {8}, 3, 5);
+  auto y = result<T>(3, 5);
+  add::forward<test_policy, T>(policy, a, b, y);
+  g.check("rows.y", y);
+}
 
 TEST_CASE_TEMPLATE("golden: embedding", T, double, float) {
   golden g("embedding");

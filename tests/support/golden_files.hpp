@@ -8,8 +8,8 @@
 #include <sstream>
 #include <string>
 
-/// The operators against an independent implementation in PyTorch (golden/make_golden.py), in double to 1e-10 and in
-/// float to 1e-5, relative to the largest value of each result.
+/// The operators against independent implementations, in PyTorch (golden/make_golden.py) or in plain Python
+/// (golden/make_scan_golden.py), in double to 1e-10 and in float to 1e-5, relative to the largest value of each result.
 namespace test::golden_files {
 
 using namespace blackmamba;
