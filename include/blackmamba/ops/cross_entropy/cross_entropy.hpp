@@ -27,8 +27,9 @@ struct cross_entropy {
     out<P, accum_t<T>, dyn> row_loss = {};  // (R)  optional; 0 for ignored rows
     out<P, accum_t<T>, dyn> lse = {};       // (R)  optional; 0 for ignored rows; backward needs it
   };
-  /// scratch_bytes(R) of scratch.
-  /// @throws value_error (cpu) naming position, value and classes where a target is at least V; nothing is then written
+  /// scratch_bytes<memory space>(R) of scratch.
+  /// @throws value_error (cpu) naming position, value and classes where a target is at least V; nothing is then written.
+  /// On cuda loss and lse of such a row are NaN.
   template <device_policy P, storage T>
   static void forward(P const& policy, inputs<home<P>, T> const& in, results<home<P>, T> const& out) {
     auto const rows = in.logits.extent(0);
@@ -36,8 +37,9 @@ struct cross_entropy {
     check_shape("cross_entropy", "loss", out.loss, {1});
     check_optional_shape("cross_entropy", "row_loss", out.row_loss, {rows});
     check_optional_shape("cross_entropy", "lse", out.lse, {rows});
-    scratch<P> memory(policy, scratch_bytes(rows));
-    auto partial = memory.template allocate<double>(partial_rows(rows));
+    using space = typename P::memory_space;
+    scratch<P> memory(policy, scratch_bytes<space>(rows));
+    auto partial = memory.template allocate<double>(partial_rows<space>(rows));
     backend_of<cross_entropy, P>::forward(policy, in, out, partial);
   }
 
@@ -60,16 +62,22 @@ struct cross_entropy {
     if (d_logits.size() > 0) backend_of<cross_entropy, P>::backward(policy, in, d_logits);
   }
 
-  /// The loss is summed over blocks of this many rows, then over blocks, in order.
+  /// The loss is summed over blocks of this many rows, then over blocks, in order. On a device, over as many rows as a
+  /// block of threads has, one or more.
   static constexpr std::int64_t rows_per_partial = 16;
+  template <class Space = space::host>
   static constexpr std::int64_t partial_rows(std::int64_t rows) {
-    return (rows + rows_per_partial - 1) / rows_per_partial;
+    return std::is_same_v<Space, space::host> ? (rows + rows_per_partial - 1) / rows_per_partial : rows;
   }
+  template <class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows) {
-    return scratch_sum(sizeof(double) * static_cast<std::size_t>(partial_rows(rows)));
+    return scratch_sum(sizeof(double) * static_cast<std::size_t>(partial_rows<Space>(rows)));
   }
 };
 
 }  // namespace blackmamba
 
 #include <blackmamba/ops/cross_entropy/cross_entropy_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/cross_entropy/cross_entropy_cuda.cuh>
+#endif
