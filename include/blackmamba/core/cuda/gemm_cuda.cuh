@@ -2,7 +2,9 @@
 #include <blackmamba/core/cuda/gemm_library_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_mma_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_narrow_cuda.cuh>
+#include <blackmamba/core/cuda/gemm_thin_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_tiles_cuda.cuh>
+#include <blackmamba/core/cuda/gemm_wgmma_cuda.cuh>
 #include <blackmamba/core/cuda/product_cuda.cuh>
 #include <blackmamba/core/view.hpp>
 
@@ -20,6 +22,12 @@ namespace detail {
 template <transpose TransposeA, transpose TransposeB, class TA, class TB>
 inline constexpr bool rows_by_rows =
     TransposeA == transpose::no&& TransposeB == transpose::yes&& tensor_core_operand<TA>&& std::is_same_v<TA, TB>;
+
+template <bool AlongA, bool AlongB, class T, class TC>
+bool tensor_core_product(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
+  return wgmma_product_if_possible<AlongA, AlongB>(op, policy, x) ||
+         mma_product_if_possible<AlongA, AlongB>(op, policy, x);
+}
 }  // namespace detail
 
 /// Enqueues one product; the layout is static: TransposeA, TransposeB are those of x. Arithmetic in accum_t<TC> (float:
@@ -35,8 +43,15 @@ void gemm(char const* op, device::cuda const& policy, product<TA, TB, TC> x, gem
     if (detail::narrow_product(op, policy, x)) return;
   if (detail::library_product(op, policy, x, workspace.data(), bytes)) return;
   if constexpr (tensor_core_operand<TA> && std::is_same_v<TA, TB> && std::is_same_v<TA, TC>)
-    if (detail::mma_product_if_possible<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x))
-      return;
+    if (detail::tensor_core_product<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x)) return;
+  // The library takes operands of one type only.
+  if constexpr (!std::is_same_v<TA, TB> && TransposeB == transpose::no) {
+    if constexpr (TransposeA == transpose::no) {
+      if (detail::shallow_product_if_possible(op, policy, x)) return;
+    } else {
+      if (detail::flat_product_if_possible(op, policy, x, workspace.data(), bytes)) return;
+    }
+  }
   detail::tiles_product(op, policy, x, workspace.data(), bytes);
 }
 
@@ -50,8 +65,7 @@ void gemm_groups(char const* op, device::cuda const& policy, product<TA, TB, TC>
   if constexpr (detail::rows_by_rows<TransposeA, TransposeB, TA, TB>)
     if (detail::narrow_product(op, policy, x)) return;
   if constexpr (tensor_core_operand<TA> && std::is_same_v<TA, TB>)
-    if (detail::mma_product_if_possible<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x))
-      return;
+    if (detail::tensor_core_product<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x)) return;
   detail::tiles_product(op, policy, x, nullptr, 0);
 }
 

@@ -58,7 +58,8 @@ struct backend<linear, device::cuda> {
                                                                                    .mode = update::accumulate},
                                                             workspace);
     if (d.d_bias.present())
-      cuda::add_column_sums("linear.backward", policy, rows, outputs, in.d_y.data(), in.d_y.stride(0), d.d_bias.data());
+      cuda::add_column_sums("linear.backward", policy, rows, outputs, in.d_y.data(), in.d_y.stride(0), d.d_bias.data(),
+                            workspace);
   }
 };
 

@@ -1,0 +1,228 @@
+#pragma once
+#include <blackmamba/core/cuda/gemm_tiles_cuda.cuh>
+#include <blackmamba/core/cuda/launch_cuda.cuh>
+#include <blackmamba/core/cuda/product_cuda.cuh>
+#include <blackmamba/core/cuda/reduce_cuda.cuh>
+#include <blackmamba/core/cuda/vector_cuda.cuh>
+#include <blackmamba/core/numeric.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+/// Products of any types that have one extent of at most 64, as the gradients of a router have them: reading the large
+/// operand, or writing the large result, is all there is to do. Instantiated once for each (A, B, C) that is asked for.
+namespace blackmamba::cuda::detail {
+
+namespace thin {
+
+inline constexpr std::int64_t most = 64;   // of the small extent
+inline constexpr int columns = 256;        // of a block: eight for each lane of a warp
+inline constexpr int rows_together = 4;    // of a warp, in a product of small depth
+inline constexpr int rows_of_block = 256;  // in a product of small depth
+inline constexpr int sums_together = 8;    // rows of C, in a product of few rows
+
+/// Up to eight elements, zeros beyond.
+template <class T>
+__device__ __forceinline__ pack<accum_t<T>, 8> load_columns(T const* p, std::int64_t left, bool wide) {
+  return wide && left >= 8 ? load_pack<8>(p) : load_some<8>(p, left);
+}
+
+}  // namespace thin
+
+/// C = A B + bias, or C += it, of small depth: a block keeps 256 columns of B, each warp goes over rows of A, four at a
+/// time. Both as stored.
+template <class TA, class TB, class TC>
+__global__ void __launch_bounds__(256) shallow_product(product<TA, TB, TC> x, std::int64_t across, bool wide) {
+  using A = accum_t<TC>;
+  extern __shared__ __align__(16) unsigned char shallow_memory[];
+  A* const right = reinterpret_cast<A*>(shallow_memory);  // (k, columns)
+  std::int64_t const down = blockIdx.x / across, column = (blockIdx.x - down * across) * thin::columns;
+  int const depth = static_cast<int>(x.k);
+  for (int i = static_cast<int>(threadIdx.x); i < depth * thin::columns; i += 256) {
+    std::int64_t const p = i / thin::columns, j = column + i % thin::columns;
+    right[i] = j < x.n ? convert<A>(x.b[p * x.ldb + j]) : A(0);
+  }
+  __syncthreads();
+  int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  std::int64_t const begin = down * thin::rows_of_block;
+  std::int64_t const end = begin + thin::rows_of_block < x.m ? begin + thin::rows_of_block : x.m;
+  std::int64_t const first = column + lane * 8, left = x.n - first;
+  if (left <= 0) return;
+  pack<A, 8> initial = {};
+  if (x.bias) initial = load_some<8>(x.bias + first, left);
+  for (std::int64_t row = begin + warp * thin::rows_together; row < end; row += 8 * thin::rows_together) {
+    pack<A, 8> sum[thin::rows_together];
+    TA const* from[thin::rows_together];
+#pragma unroll
+    for (int i = 0; i < thin::rows_together; ++i) {
+      bool const there = row + i < end;
+      from[i] = x.a + (there ? row + i : row) * x.lda;
+      sum[i] = initial;
+      if (x.mode == update::accumulate && there) {
+        auto const c = thin::load_columns(x.c + (row + i) * x.ldc + first, left, wide);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[i][j] += c[j];
+      }
+    }
+#pragma unroll 2
+    for (int p = 0; p < depth; ++p) {
+      A const* const b = right + p * thin::columns + lane * 8;
+#pragma unroll
+      for (int i = 0; i < thin::rows_together; ++i) {
+        A const a = convert<A>(from[i][p]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[i][j] += a * b[j];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < thin::rows_together; ++i) {
+      if (row + i >= end) continue;
+      TC* const c = x.c + (row + i) * x.ldc + first;
+      if (wide && left >= 8)
+        store_pack(c, sum[i]);
+      else
+        store_some(c, sum[i], left);
+    }
+  }
+}
+
+/// Part of the depth of A^T B with few rows: a block has eight rows of C and 256 columns; its eight warps take the
+/// depth in turns, and their sums are added in order. A and B as stored.
+template <class TA, class TB, class A>
+__global__ void __launch_bounds__(256)
+    flat_product(TA const* a, std::int64_t lda, TB const* b, std::int64_t ldb, std::int64_t m, std::int64_t n,
+                 std::int64_t k, std::int64_t part_depth, std::int64_t across, std::int64_t down, bool wide,
+                 A* partial) {
+  constexpr int rows = thin::sums_together;
+  __shared__ A total[rows][thin::columns];
+  std::int64_t const strip = blockIdx.x % across, block_row = blockIdx.x / across % down;
+  std::int64_t const part = blockIdx.x / across / down;
+  std::int64_t const first_row = block_row * rows, column = strip * thin::columns;
+  int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  std::int64_t const begin = part * part_depth, end = begin + part_depth < k ? begin + part_depth : k;
+  std::int64_t const left = n - column - lane * 8;
+  TB const* const from = b + column + lane * 8;
+  A sum[rows][8] = {};
+  if (left > 0)
+#pragma unroll 4
+    for (std::int64_t p = begin + warp; p < end; p += 8) {
+      auto const v = thin::load_columns(from + p * ldb, left, wide);
+#pragma unroll
+      for (int i = 0; i < rows; ++i) {
+        A const u = first_row + i < m ? convert<A>(a[p * lda + first_row + i]) : A(0);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[i][j] += u * convert<A>(v[j]);
+      }
+    }
+  for (int w = 0; w < 8; ++w) {
+    if (warp == w)
+#pragma unroll
+      for (int i = 0; i < rows; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          A& to = total[i][lane * 8 + j];
+          to = w == 0 ? sum[i][j] : to + sum[i][j];
+        }
+    __syncthreads();
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < rows * thin::columns; i += 256) {
+    std::int64_t const row = first_row + i / thin::columns, j = column + i % thin::columns;
+    if (row < m && j < n) partial[(part * m + row) * n + j] = total[i / thin::columns][i % thin::columns];
+  }
+}
+
+/// Rows of x that a block sums, column by column: `width` columns, a power of two, by 256 / width threads each.
+template <class T, class A>
+__global__ void __launch_bounds__(256)
+    column_sums_of_part(T const* x, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
+                        std::int64_t part_rows, std::int64_t across, int width, A* partial) {
+  __shared__ A sums[256];
+  std::int64_t const part = blockIdx.x / across;
+  std::int64_t const column = (blockIdx.x - part * across) * width + static_cast<int>(threadIdx.x) % width;
+  std::int64_t const begin = part * part_rows, end = begin + part_rows < rows ? begin + part_rows : rows;
+  int const every = 256 / width;
+  A sum = 0;
+  if (column < columns)
+#pragma unroll 8
+    for (std::int64_t r = begin + static_cast<int>(threadIdx.x) / width; r < end; r += every)
+      sum += convert<A>(x[r * row_stride + column]);
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= width || column >= columns) return;
+  for (int i = 1; i < every; ++i) sum += sums[i * width + static_cast<int>(threadIdx.x)];
+  partial[part * columns + column] = sum;
+}
+
+/// Enqueues A B of small depth and many rows, both operands as stored. False elsewhere.
+template <class TA, class TB, class TC>
+bool shallow_product_if_possible(char const* op, device::cuda const& policy, product<TA, TB, TC> const& x) {
+  std::size_t const shared = static_cast<std::size_t>(x.k) * thin::columns * sizeof(accum_t<TC>);
+  if (x.groups.by != grouping::none || x.k <= 0 || x.k > thin::most || x.m < 512 ||
+      shared > static_cast<std::size_t>(properties().shared_bytes_per_block))
+    return false;
+  std::int64_t const across = (x.n + thin::columns - 1) / thin::columns;
+  std::int64_t const down = (x.m + thin::rows_of_block - 1) / thin::rows_of_block;
+  constexpr std::int64_t width = 16 / sizeof(TC);
+  bool const wide = reinterpret_cast<std::uintptr_t>(x.c) % 16 == 0 && x.ldc % width == 0;
+  launch(op, policy, {blocks_for(down * across, 1), 256, shared}, shallow_product<TA, TB, TC>, x, across, wide);
+  return true;
+}
+
+/// Parts that a sum over `depth` elements is cut into: about 512 blocks in all, at least `least` deep each, and no more
+/// than the workspace holds.
+template <class A>
+std::int64_t parts_of_depth(std::int64_t depth, std::int64_t least, std::int64_t blocks, std::int64_t results,
+                            std::size_t workspace_bytes) {
+  return std::min({depth / least, std::max<std::int64_t>(1, 512 / blocks),
+                   static_cast<std::int64_t>(workspace_bytes / sizeof(A)) / results});
+}
+
+/// Enqueues A^T B of few rows and great depth, both operands as stored. False elsewhere.
+template <class TA, class TB, class TC>
+bool flat_product_if_possible(char const* op, device::cuda const& policy, product<TA, TB, TC> const& x, void* workspace,
+                              std::size_t workspace_bytes) {
+  using A = accum_t<TC>;
+  if (x.groups.by != grouping::none || x.m > thin::most || x.k < 1024) return false;
+  std::int64_t const across = (x.n + thin::columns - 1) / thin::columns;
+  std::int64_t const down = (x.m + thin::sums_together - 1) / thin::sums_together;
+  std::int64_t parts = parts_of_depth<A>(x.k, 64, across * down, x.m * x.n, workspace_bytes);
+  if (parts < 1) return false;
+  std::int64_t const depth = (x.k + parts - 1) / parts;
+  parts = (x.k + depth - 1) / depth;
+  constexpr std::int64_t width = 16 / sizeof(TB);
+  bool const wide = reinterpret_cast<std::uintptr_t>(x.b) % 16 == 0 && x.ldb % width == 0;
+  auto* const partial = static_cast<A*>(workspace);
+  launch(op, policy, {blocks_for(parts * across * down, 1), 256}, flat_product<TA, TB, A>, x.a, x.lda, x.b, x.ldb, x.m,
+         x.n, x.k, depth, across, down, wide, partial);
+  launch(op, policy, {blocks_for(x.m * x.n, 256), 256}, add_parts<TC, A>, static_cast<A const*>(partial), parts, x.m,
+         x.n, x.bias, x.c, x.ldc, x.mode == update::accumulate);
+  return true;
+}
+
+}  // namespace blackmamba::cuda::detail
+
+namespace blackmamba::cuda {
+
+/// sums[j] += sum over i of x[i, j], with scratch memory: rows are shared among all multiprocessors however few columns
+/// there are. Without enough of it, as the function without scratch.
+template <class T, class A>
+void add_column_sums(char const* op, device::cuda const& policy, std::int64_t rows, std::int64_t columns, T const* x,
+                     std::int64_t row_stride, A* sums, view<space::device, std::byte, dyn> workspace) {
+  if (rows <= 0 || columns <= 0) return;
+  int width = 1;
+  while (width < 256 && width < columns) width *= 2;
+  std::int64_t const across = (columns + width - 1) / width;
+  std::int64_t parts = detail::parts_of_depth<A>(rows, std::int64_t{8} * (256 / width), across, columns,
+                                                 static_cast<std::size_t>(workspace.size()));
+  if (parts < 2) return add_column_sums(op, policy, rows, columns, x, row_stride, sums);
+  std::int64_t const part_rows = (rows + parts - 1) / parts;
+  parts = (rows + part_rows - 1) / part_rows;
+  auto* const partial = reinterpret_cast<A*>(workspace.data());
+  launch(op, policy, {blocks_for(parts * across, 1), 256}, detail::column_sums_of_part<std::remove_const_t<T>, A>, x,
+         rows, columns, row_stride, part_rows, across, width, partial);
+  launch(op, policy, {blocks_for(columns, 256), 256}, detail::add_parts<A, A>, static_cast<A const*>(partial), parts,
+         std::int64_t{1}, columns, static_cast<A const*>(nullptr), sums, columns, true);
+}
+
+}  // namespace blackmamba::cuda
