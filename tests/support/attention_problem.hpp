@@ -240,9 +240,9 @@ double lse_bound(shape const& s) {
   return bound<accum_t<T>>(s) + 4 * operand_rounding<T>();
 }
 
-/// As check_close, where errors count against a size of at least one: gradients of order one may cancel, even to zero.
-inline void check_gradient_close(test::values actual, test::values expected, double tolerance,
-                                 std::string const& what) {
+/// As check_close, where errors count against a size of at least one: gradients of order one may cancel, even to zero,
+/// and so may the score of a single key, its lse.
+inline void check_close_at_one(test::values actual, test::values expected, double tolerance, std::string const& what) {
   actual.push_back(1);
   expected.push_back(1);
   test::check_close(actual, expected, tolerance, what);
@@ -255,13 +255,13 @@ void check_against_definition(shape const& s, std::uint64_t seed = 1) {
   auto const expected = reference(s, x);
   auto const actual = run<T>(s, x);
   test::check_close(actual.y, expected.y, bound<T>(s), s.text() + ": y");
-  test::check_close(actual.lse, expected.lse, lse_bound<T>(s), s.text() + ": lse");
+  check_close_at_one(actual.lse, expected.lse, lse_bound<T>(s), s.text() + ": lse");
   // The definition of the gradients gets what forward really returned, rounding of y included.
   auto const d_expected = reference_gradients(s, x, actual, d_y);
   auto const d_actual = run_backward<T>(s, x, actual, d_y);
-  check_gradient_close(d_actual.v, d_expected.v, 4 * bound<T>(s), s.text() + ": d_v");
-  check_gradient_close(d_actual.q, d_expected.q, 4 * bound<T>(s), s.text() + ": d_q");
-  check_gradient_close(d_actual.k, d_expected.k, 4 * bound<T>(s), s.text() + ": d_k");
+  check_close_at_one(d_actual.v, d_expected.v, 4 * bound<T>(s), s.text() + ": d_v");
+  check_close_at_one(d_actual.q, d_expected.q, 4 * bound<T>(s), s.text() + ": d_q");
+  check_close_at_one(d_actual.k, d_expected.k, 4 * bound<T>(s), s.text() + ": d_k");
 }
 
 /// The cache of a problem's sequences, each with room for `capacity` tokens.
