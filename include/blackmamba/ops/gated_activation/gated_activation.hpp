@@ -7,6 +7,11 @@
 #include <concepts>
 #include <type_traits>
 
+#if BLACKMAMBA_CUDA  // with simd packs, these templates are host functions alone, as is meant
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 20011, 20014
+#endif
+
 namespace blackmamba {
 
 /// Activation functions: types with static apply(x) and derivative(x), written for scalars and simd packs alike. A type
@@ -53,6 +58,10 @@ struct identity {
 };
 
 }  // namespace activation
+
+#if BLACKMAMBA_CUDA
+#pragma nv_diagnostic pop
+#endif
 
 /// What gated_activation asks of an activation.
 template <class F>
