@@ -21,3 +21,11 @@
 #else
 #define BLACKMAMBA_INLINE inline
 #endif
+
+/// BLACKMAMBA_HD_WHERE_DEFINED: before a template marked BLACKMAMBA_HD that is also used with types that the host alone
+/// knows (simd packs): nvcc is not to ask that both sides can run it.
+#if BLACKMAMBA_CUDA
+#define BLACKMAMBA_HD_WHERE_DEFINED _Pragma("nv_exec_check_disable")
+#else
+#define BLACKMAMBA_HD_WHERE_DEFINED
+#endif

@@ -55,7 +55,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE float normal_pdf(float x) { return 0.39894228040
 
 /// a / b for b >= 1. In float on a device, within two units in the last place (0 beyond b = 2^126): a division that rounds
 /// correctly costs more there than everything else that an activation does.
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T ratio(T a, T b) {
   return a / b;
 }
@@ -70,41 +70,41 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE float ratio(float a, float b) {
 }
 
 /// 1 / (1 + e^-x)
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T sigmoid(T x) {
   return ratio(T(1), T(1) + exp(-x));
 }
 
 /// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|): neither overflow nor loss of small values.
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T softplus(T x) {
   return max(x, T(0)) + log1p_unit(exp(-abs(x)));
 }
 /// d softplus / dx = sigmoid(x)
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T softplus_derivative(T x) {
   return sigmoid(x);
 }
 
 /// x sigmoid(x), also called swish.
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T silu(T x) {
   return ratio(x, T(1) + exp(-x));
 }
 /// d silu / dx = s (1 + x (1 - s)), s = sigmoid(x)
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T silu_derivative(T x) {
   auto const s = sigmoid(x);
   return s * (T(1) + x * (T(1) - s));
 }
 
 /// x Phi(x): GELU without approximation.
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T gelu(T x) {
   return x * normal_cdf(x);
 }
 /// d gelu / dx = Phi(x) + x phi(x)
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T gelu_derivative(T x) {
   return normal_cdf(x) + x * normal_pdf(x);
 }
