@@ -107,8 +107,17 @@ struct self_attention {
   static void step(context<P> const& c, parameters<S, T> const& p, state<S, T>& carried, in<P, T, dyn, dyn> x,
                    out<P, T, dyn, dyn> y) {
     auto const scope = c.scope();
-    saved<S, T> keep;
-    forward<P, T, S>(c, p, x, y, keep, &carried);
+    auto const qkv = c.template allocate<T>(c.batch, d_qkv);
+    auto const mixed = c.template allocate<T>(c.batch, d_q);
+    linear::forward<P, T>(c.policy, {.x = x, .weight = p.qkv_proj, .bias = p.qkv_proj_bias}, qkv);
+    attention::step<P, T>(c.policy,
+                          {.q = token_heads(qkv, 0, heads),
+                           .k = token_heads(qkv, d_q, kv_heads),
+                           .v = token_heads(qkv, d_q + d_kv, kv_heads),
+                           .rotary_base = base},
+                          {.key = carried.key, .value = carried.value, .length = carried.length},
+                          token_heads(mixed, 0, heads));
+    linear::forward<P, T>(c.policy, {.x = mixed, .weight = p.out_proj, .bias = p.out_proj_bias}, y);
   }
 
  private:
@@ -120,6 +129,11 @@ struct self_attention {
     return {x.data() + first,
             {c.batch, c.length, n, d_head},
             {c.length * x.stride(0), x.stride(0), std::int64_t{d_head}, std::int64_t{1}}};
+  }
+  /// The same of one token for each sequence, as (B, n, d_head).
+  template <class S, class T>
+  static view<S, T, dyn, dyn, dyn> token_heads(view<S, T, dyn, dyn> x, int first, int n) {
+    return {x.data() + first, {x.extent(0), n, d_head}, {x.stride(0), std::int64_t{d_head}, std::int64_t{1}}};
   }
 };
 
