@@ -1,6 +1,6 @@
 /// The convolution as a share of a copy: bytes are those of x, y and their gradients, each once; the floor is a copy
-/// over arrays as long, with as many threads, in this program. x is half of a wider tensor, as in a Mamba layer. Results
-/// are checked before they are timed.
+/// over arrays as long, with as many threads, in this program. x is half of a wider tensor, as in a Mamba layer.
+/// Results are checked before they are timed.
 #include <blackmamba/core/random.hpp>
 #include <blackmamba/ops/causal_conv1d/causal_conv1d.hpp>
 
