@@ -16,6 +16,9 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
 endif()
 # nvcc's own generated host code is not pedantic, so -Wpedantic stays out of what is handed to its host compiler.
 set(blackmamba_cuda_warnings -Xcompiler=-Wall,-Wextra,-Wconversion,-Wshadow)
+foreach(warning IN LISTS blackmamba_gcc_warnings)
+  list(APPEND blackmamba_cuda_warnings -Xcompiler=${warning})
+endforeach()
 
 # blackmamba_developer: link it to a program of this project.
 add_library(blackmamba_developer INTERFACE)

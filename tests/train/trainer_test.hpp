@@ -23,7 +23,7 @@ test::tokens batch(std::int64_t k, std::int64_t rows = options.batch) {
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("trainer: learns", T, float, bfloat16, half, double) {
+TEST_CASE_TEMPLATE("trainer: learns", T, float, bfloat16, blackmamba::half, double) {
   tiny_network<T> net(1, make_policy());
   trainer train(net, options);
   double const before = train.evaluate(batch(0));
@@ -46,11 +46,11 @@ TEST_CASE("trainer: two micro-batches give the gradient of one batch of both") {
   test::check_close(test::download(halves.gradient().flat()), test::download(whole.gradient().flat()), 1e-11);
 }
 
-TEST_CASE("trainer: the same bits in two runs, for any number of threads") {
+TEST_CASE_TEMPLATE("trainer: the same bits in two runs, for any number of threads", P, test_policy) {
   auto const run = [](int threads) {
-    test_policy policy = make_policy();
-    if constexpr (requires { policy.threads; }) policy.threads = threads;
-    network<test::tiny_blackmamba, test_policy> net(1, policy);
+    P policy = make_policy();
+    if constexpr (requires(P p) { p.threads; }) policy.threads = threads;
+    network<test::tiny_blackmamba, P> net(1, policy);
     trainer train(net, options);
     for (std::int64_t k = 0; k < 10; ++k) train.step(batch(k));
     return test::weights_of(net);
