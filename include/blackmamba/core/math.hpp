@@ -53,8 +53,8 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE float normal_cdf(float x) {
 BLACKMAMBA_HD BLACKMAMBA_INLINE double normal_pdf(double x) { return 0.39894228040143267794 * std::exp(-0.5 * x * x); }
 BLACKMAMBA_HD BLACKMAMBA_INLINE float normal_pdf(float x) { return 0.39894228040143267794f * std::exp(-0.5f * x * x); }
 
-/// a / b for b >= 1. In float on a device, within two units in the last place (0 beyond b = 2^126): a division that rounds
-/// correctly costs more there than everything else that an activation does.
+/// a / b for b >= 1. In float on a device, within two units in the last place (0 beyond b = 2^126): a division that
+/// rounds correctly costs more there than everything else that an activation does.
 BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T ratio(T a, T b) {
   return a / b;

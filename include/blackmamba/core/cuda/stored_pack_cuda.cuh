@@ -7,8 +7,8 @@
 
 namespace blackmamba::cuda {
 
-/// N elements of T as memory holds them: the destination of a load that may be under way. Widening them waits for it, so
-/// a kernel with several loads to make keeps their stored packs until the last one is issued.
+/// N elements of T as memory holds them: the destination of a load that may be under way. Widening them waits for it,
+/// so a kernel with several loads to make keeps their stored packs until the last one is issued.
 template <int N, class T>
 class stored_pack {
   using raw = detail::raw_pack<T, N>;
