@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(256)
 }  // namespace detail
 
 /// Calls op for packs of N columns of rows x width: operands = op.load<N>(r, c, left), then op.finish<N>(operands, r,
-/// c, left), where `left` is how many columns of the row begin at c. A thread's loads come before its results: results may
-/// alias operands element by element.
+/// c, left), where `left` is how many columns of the row begin at c. A thread's loads come before its results: results
+/// may alias operands element by element.
 template <int N, int TilesOfAThread = 2, class Op>
 void launch_elements(char const* name, device::cuda const& policy, std::int64_t rows, std::int64_t width,
                      Op const& op) {

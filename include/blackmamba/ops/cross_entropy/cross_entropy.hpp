@@ -28,8 +28,8 @@ struct cross_entropy {
     out<P, accum_t<T>, dyn> lse = {};       // (R)  optional; 0 for ignored rows; backward needs it
   };
   /// scratch_bytes<memory space>(R) of scratch.
-  /// @throws value_error (cpu) naming position, value and classes where a target is at least V; nothing is then written.
-  /// On cuda loss and lse of such a row are NaN.
+  /// @throws value_error (cpu) naming position, value and classes where a target is at least V; nothing is then
+  /// written. On cuda loss and lse of such a row are NaN.
   template <device_policy P, storage T>
   static void forward(P const& policy, inputs<home<P>, T> const& in, results<home<P>, T> const& out) {
     auto const rows = in.logits.extent(0);

@@ -142,8 +142,8 @@ struct embedding_gradient_arguments {
 };
 
 /// The tokens that occur seldom. A warp takes 32 N columns of the tokens whose positions begin among 32 in their sorted
-/// order, and adds position after position; eight are on their way at a time, with the rows of the table that they begin
-/// from.
+/// order, and adds position after position; eight are on their way at a time, with the rows of the table that they
+/// begin from.
 template <int N, class T>
 __global__ void __launch_bounds__(256) embedding_add_seldom(embedding_gradient_arguments<T> a, std::int64_t tiles) {
   using A = accum_t<T>;
@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(256) embedding_add_frequent(embedding_gradient
 
 /// Bytes: forward two of T for each element of y; backward T for each of d_y, and accum_t<T> read and written for each
 /// element of a row of d_table that occurs. Backward is a sort of the positions (its tokens come from the L2 cache) and
-/// two kernels that add, for tokens that occur seldom and often. Kernels for each T: forward and the two, each for packs
-/// and for single elements.
+/// two kernels that add, for tokens that occur seldom and often. Kernels for each T: forward and the two, each for
+/// packs and for single elements.
 template <>
 struct backend<embedding, device::cuda> {
   template <class T>
