@@ -5,8 +5,8 @@
 
 namespace blackmamba {
 
-/// Bytes of a row's element, each once: forward T + T, with a residual and its sum accum_t<T> twice more; backward S + T
-/// + S, with d_residual accum_t<T> more. Arithmetic is far below what memory allows.
+/// Bytes of a row's element, each once: forward T + T, with a residual and its sum accum_t<T> twice more; backward
+/// S + T + S, with d_residual accum_t<T> more. Arithmetic is far below what memory allows.
 template <>
 struct backend<rms_norm, device::cuda> {
   template <class T>
