@@ -144,3 +144,6 @@ struct causal_conv1d {
 }  // namespace blackmamba
 
 #include <blackmamba/ops/causal_conv1d/causal_conv1d_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/causal_conv1d/causal_conv1d_cuda.cuh>
+#endif
