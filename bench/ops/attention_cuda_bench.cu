@@ -2,7 +2,8 @@
 /// the rate of a copy, both measured here.
 ///
 /// Operations count the products under the mask (4 dh L (L + 1) / 2 for each head forward, 2.5 times that backward);
-/// bytes of a step the keys and values that it has to read. Results are compared with the CPU's before the clock starts.
+/// bytes of a step the keys and values that it has to read. Results are compared with the CPU's before the clock
+/// starts.
 #include <blackmamba/ops/attention/attention.hpp>
 #include <blackmamba/ops/linear/linear.hpp>
 

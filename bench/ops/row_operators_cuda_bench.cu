@@ -1,6 +1,6 @@
 /// The operators that go over memory once, on a CUDA device, as a share of what the same device copies in this program:
-/// norms with and without the fused residual add, gated activation, embedding, AdamW, cross entropy, and the dispatch of
-/// tokens to experts. Bytes are those of operands and results, each once; tensors have 100 MB and more. Results are
+/// norms with and without the fused residual add, gated activation, embedding, AdamW, cross entropy, and the dispatch
+/// of tokens to experts. Bytes are those of operands and results, each once; tensors have 100 MB and more. Results are
 /// compared with the CPU's on the first and the last rows before the clock starts.
 #include <blackmamba/ops/adamw/adamw.hpp>
 #include <blackmamba/ops/cross_entropy/cross_entropy.hpp>

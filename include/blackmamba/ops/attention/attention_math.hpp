@@ -30,7 +30,7 @@ struct pair_of {
 };
 /// The pair turned by the angle; by -angle with the sine negated, which is also how its gradient turns back.
 /// Turning the cosine and sine of another angle adds the angles.
-template <class V>
+BLACKMAMBA_HD_WHERE_DEFINED template <class V>
 BLACKMAMBA_HD BLACKMAMBA_INLINE pair_of<V> rotate(pair_of<V> x, V cosine, V sine) {
   using math::fma;
   return {fma(x.first, cosine, -(x.second * sine)), fma(x.second, cosine, x.first * sine)};
@@ -50,7 +50,7 @@ struct running_softmax {
 };
 /// What weights relative to `maximum` are multiplied by when the maximum rises to `raised`; 0 where nothing was seen.
 /// Precondition: raised is finite.
-template <class V>
+BLACKMAMBA_HD_WHERE_DEFINED template <class V>
 BLACKMAMBA_HD BLACKMAMBA_INLINE V rescaling(V maximum, V raised) {
   using math::exp2;
   return exp2(maximum - raised);
