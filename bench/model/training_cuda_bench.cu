@@ -64,7 +64,8 @@ void training_step(benchmark::State& state) {
   if (!std::isfinite(loss)) state.SkipWithError("the loss is not finite");
   double const parameters = static_cast<double>(bm::count_parameters<network_type::arch>().active);
   double const per_step = static_cast<double>(batch * length);
-  state.counters["model_flops"] = benchmark::Counter(6 * parameters * per_step, benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["model_flops"] =
+      benchmark::Counter(6 * parameters * per_step, benchmark::Counter::kIsIterationInvariantRate);
   state.counters["tokens"] = benchmark::Counter(per_step, benchmark::Counter::kIsIterationInvariantRate);
   state.counters["peak_device_bytes"] = static_cast<double>(bm::cuda::device_memory().peak);
   state.counters["workspace_bytes"] = static_cast<double>(train.workspace_bytes());

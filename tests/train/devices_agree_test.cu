@@ -11,9 +11,8 @@ using namespace blackmamba;
 namespace {
 
 constexpr std::int64_t batch_size = 4, length = 16;
-training_options const learning = {.batch = batch_size,
-                                   .length = length,
-                                   .learning_rate = {.peak = 1e-2, .final = 1e-3, .warmup = 5, .steps = 200}};
+training_options const learning = {
+    .batch = batch_size, .length = length, .learning_rate = {.peak = 1e-2, .final = 1e-3, .warmup = 5, .steps = 200}};
 
 /// The k-th batch of a text that has something to learn.
 test::tokens batch(std::int64_t k) {
@@ -58,8 +57,8 @@ std::vector<std::pair<std::string, test::values>> tensors_of(Memory const& memor
 
 /// Runs each launch by itself while it lives: nothing is recorded.
 struct eagerly {
-  eagerly() { cuda::synchronise_each_launch = true; }
-  ~eagerly() { cuda::synchronise_each_launch = false; }
+  eagerly() { blackmamba::cuda::synchronise_each_launch = true; }
+  ~eagerly() { blackmamba::cuda::synchronise_each_launch = false; }
 };
 
 template <class T>
@@ -119,7 +118,8 @@ TEST_CASE("devices: 200 training steps give the same curve") {
   trainer a(host, learning);
   trainer b(accelerated, learning);
   double worst = 0;
-  for (std::int64_t k = 0; k < 200; ++k) worst = std::max(worst, std::abs(b.step(batch(k)).loss - a.step(batch(k)).loss));
+  for (std::int64_t k = 0; k < 200; ++k)
+    worst = std::max(worst, std::abs(b.step(batch(k)).loss - a.step(batch(k)).loss));
   CHECK(worst < 1e-3);
 }
 
@@ -169,10 +169,10 @@ TEST_CASE("cuda: a step allocates nothing on the device") {
   network<test::tiny_blackmamba, device::cuda, bfloat16> net(1);
   trainer train(net, learning);
   generator speak(net);
-  auto const before = cuda::device_memory();
+  auto const before = blackmamba::cuda::device_memory();
   for (std::int64_t k = 0; k < 4; ++k) train.step(batch(k));
   for (std::int32_t t = 0; t < 4; ++t) speak.step({&t, 1});
-  CHECK(cuda::device_memory().allocations == before.allocations);
+  CHECK(blackmamba::cuda::device_memory().allocations == before.allocations);
   CHECK(before.peak >= before.current);
   CHECK(before.current > 0);
 }
@@ -189,7 +189,8 @@ TEST_CASE("cuda: what does not fit is said with its size") {
 
 TEST_CASE("cuda: a failure names the operator") {
   auto const message = test::message_of<cuda_error>([] {
-    cuda::launch("my_operator", device::cuda{}, {1, 2048}, cuda::detail::supported_device_probe<0>);
+    blackmamba::cuda::launch("my_operator", device::cuda{}, {1, 2048},
+                             blackmamba::cuda::detail::supported_device_probe<0>);
   });
   CHECK(message.starts_with("my_operator: CUDA: invalid"));
 }

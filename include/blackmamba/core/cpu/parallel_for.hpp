@@ -67,6 +67,7 @@ class thread_team {
           pause();
         else
           std::this_thread::yield();
+    context_ = nullptr;  // it may lie on the caller's stack
   }
 
  private:
