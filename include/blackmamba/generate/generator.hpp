@@ -131,7 +131,8 @@ class generator {
   void check_capacity(std::int64_t more) const {
     if (state_.grows() && state_.position() + more > options_.capacity)
       throw value_error("generator: capacity: got " + std::to_string(state_.position()) + " tokens and " +
-                        std::to_string(more) + " more, expected at most " + std::to_string(options_.capacity));
+                        std::to_string(more) + " more, expected at most " + std::to_string(options_.capacity) +
+                        "; a model with attention holds as many tokens as its generator's options say");
   }
   void stage(host_view<std::int32_t const, dyn, dyn> tokens, std::int64_t first, std::int64_t length) {
     tensor<space::host, std::int32_t, dyn> host(options_.batch * length);
@@ -171,6 +172,11 @@ std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int3
     from.step(std::span<std::int32_t const>(&next, 1));
   }
   return made;
+}
+template <class Network>
+std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int32_t const> prompt, std::int64_t count,
+                                   sampling_options const& options = {}) {
+  return generate(from, prompt, count, options, [](std::int32_t) { return true; });
 }
 
 }  // namespace blackmamba

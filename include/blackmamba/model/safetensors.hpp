@@ -399,8 +399,16 @@ class writer {
     for (auto const& [name, t] : declared_) {
       if (text.size() > 1) text += ',';
       text += detail::quoted(name) + ":{\"dtype\":\"" + t.dtype + "\",\"shape\":[";
-      for (std::size_t i = 0; i < t.shape.size(); ++i) text += (i ? "," : "") + std::to_string(t.shape[i]);
-      text += "],\"data_offsets\":[" + std::to_string(t.begin) + ',' + std::to_string(t.end) + "]}";
+      // Appended one by one: GCC 12 warns falsely (GCC bug 105651) where a literal stands before a temporary string.
+      for (std::size_t i = 0; i < t.shape.size(); ++i) {
+        if (i > 0) text += ',';
+        text += std::to_string(t.shape[i]);
+      }
+      text += "],\"data_offsets\":[";
+      text += std::to_string(t.begin);
+      text += ',';
+      text += std::to_string(t.end);
+      text += "]}";
     }
     text += '}';
     text.append((8 - text.size() % 8) % 8, ' ');  // the format aligns the data with spaces
