@@ -13,3 +13,6 @@ inline bool const gated = test::require_device("CUDA device", [] {
   int devices = 0;
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 });
+
+/// The storage types that whole networks are trained in: a network costs nvcc a minute for each.
+#define TRAINED_TYPES float, blackmamba::bfloat16

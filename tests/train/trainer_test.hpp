@@ -23,7 +23,7 @@ test::tokens batch(std::int64_t k, std::int64_t rows = options.batch) {
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("trainer: learns", T, float, bfloat16, blackmamba::half, double) {
+TEST_CASE_TEMPLATE("trainer: learns", T, TRAINED_TYPES) {
   tiny_network<T> net(1, make_policy());
   trainer train(net, options);
   double const before = train.evaluate(batch(0));
