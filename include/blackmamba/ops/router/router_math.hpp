@@ -21,7 +21,7 @@ struct choice {
 };
 
 /// What comes before the first choice.
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> no_choice() {
   return {T(-1), T(INFINITY), T(0)};
 }
@@ -29,7 +29,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> no_choice() {
 /// The expert that follows `previous` in the order of descending scores, where of equal scores the lower number comes
 /// first and a score that is not a number counts as -infinity. Starting from no_choice(), k <= experts calls give the
 /// top k, all different.
-template <class T, class Logit, class Offset>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T, class Logit, class Offset>
 BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> next_choice(choice<T> previous, std::int64_t experts, T beta, Logit&& logit,
                                                       Offset&& offset) {
   auto best = previous;
@@ -50,7 +50,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE choice<T> next_choice(choice<T> previous, std::i
 }
 
 /// Zero where every logit of the row is finite, else not a number.
-template <class T, class Logit>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T, class Logit>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T finite_test(std::int64_t experts, Logit&& logit) {
   auto test = T(0);
   for (std::int64_t j = 0; j < experts; ++j) test = test + logit(j) * T(0);
@@ -62,7 +62,7 @@ template <class T>
 struct softmax_sums {
   T largest, sum;
 };
-template <class T, class Logit>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T, class Logit>
 BLACKMAMBA_HD BLACKMAMBA_INLINE softmax_sums<T> softmax_over(std::int64_t n, Logit&& logit) {
   auto largest = T(logit(0));
   for (std::int64_t j = 1; j < n; ++j) largest = max(largest, logit(j));

@@ -113,8 +113,13 @@ class backward_worker {
   }
   /// The chunk's d_B and d_C go to rows of the workspace's d_projection from `row` on.
   void run(std::int64_t stream, cpu::sequences::block const& block, std::int64_t row) {
-    int const steps = static_cast<int>(block.end - block.begin);
-    chunk_ = {stream, block.of.index, block.of.batch, block.of.first + block.begin, block.number, steps, block.first()};
+    chunk_ = {stream,
+              block.of.index,
+              block.of.batch,
+              block.of.first + block.begin,
+              block.number,
+              static_cast<int>(block.end - block.begin),
+              block.first()};
     if (block.last())
       each_pack([&](int g, int p) {
         alignas(64) A last[std::size_t{N * V::lanes}];

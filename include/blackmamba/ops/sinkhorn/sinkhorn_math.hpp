@@ -20,7 +20,7 @@ inline constexpr double sinkhorn_epsilon = 1e-8;
 inline constexpr float sinkhorn_no_vote = 1.17549435e-38f;
 
 /// Scale of a row (or, in the published loop, of a column) that gives it the wanted mass.
-template <class T>
+BLACKMAMBA_HD_WHERE_DEFINED template <class T>
 BLACKMAMBA_HD BLACKMAMBA_INLINE T sinkhorn_scale(T sum, T mass, T epsilon) {
   return mass / (sum + epsilon);
 }
