@@ -17,6 +17,9 @@ namespace blackmamba::cuda {
 /// Scratch memory that a product may use: more of it means more ways to share a product among the multiprocessors.
 using gemm_workspace = view<space::device, std::byte, dyn>;
 
+/// Debugging: with true, products on the tensor cores take the path that every device has (sm_80 and later).
+inline bool portable_products = false;
+
 namespace detail {
 /// A B^T of 16-bit operands.
 template <transpose TransposeA, transpose TransposeB, class TA, class TB>
@@ -25,7 +28,7 @@ inline constexpr bool rows_by_rows =
 
 template <bool AlongA, bool AlongB, class T, class TC>
 bool tensor_core_product(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
-  return wgmma_product_if_possible<AlongA, AlongB>(op, policy, x) ||
+  return (!portable_products && wgmma_product_if_possible<AlongA, AlongB>(op, policy, x)) ||
          mma_product_if_possible<AlongA, AlongB>(op, policy, x);
 }
 }  // namespace detail

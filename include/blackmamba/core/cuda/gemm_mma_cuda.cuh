@@ -2,6 +2,7 @@
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/product_cuda.cuh>
 #include <blackmamba/core/cuda/tensor_core_cuda.cuh>
+#include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/core/numeric.hpp>
 
 #include <algorithm>
@@ -12,9 +13,9 @@
 /// Products of 16-bit operands on the tensor cores of sm_80 and later, with and without groups. Instantiated once for
 /// each element type, result type and layout that is asked for.
 ///
-/// One block of eight warps on each multiprocessor walks over the tiles (128 x 256, a warp's part 64 x 64). The steps of
-/// the depth, 64 each, of all its tiles are one stream through a ring of stages in shared memory: copies for the next
-/// tile are under way while a tile's result is stored. An element of C is summed in ascending order of the depth.
+/// One block of eight warps on each multiprocessor walks over the tiles (128 x 256, a warp's part 64 x 64). The steps
+/// of the depth, 64 each, of all its tiles are one stream through a ring of stages in shared memory: copies for the
+/// next tile are under way while a tile's result is stored. An element of C is summed in ascending order of the depth.
 namespace blackmamba::cuda::detail {
 
 namespace mma {
@@ -24,7 +25,8 @@ inline constexpr int stage_bytes = (rows + columns) * depth * 2;
 inline constexpr int most_stages = 4;
 
 /// An operand's tile in shared memory, in 16-byte chunks that are permuted within 128 bytes so that the eight rows of a
-/// matrix lie in different banks. Along: the depth lies contiguous, a row is 64 deep; else a row is a step of the depth.
+/// matrix lie in different banks. Along: the depth lies contiguous, a row is 64 deep; else a row is a step of the
+/// depth.
 template <int Extent, bool Along>
 struct operand_tile {
   static constexpr int chunks = Along ? depth / 8 : Extent / 8;  // of a row
@@ -80,25 +82,34 @@ struct operand_tile {
   }
 };
 
-/// Where a block is in its stream: tile and step of the depth.
+/// Where a block is in its stream: tile and step of the depth. `every`: how many blocks share the tiles.
+template <int Rows>
 struct cursor {
-  std::int64_t index, p;
+  std::int64_t index, every, p;
   product_tile tile;
   bool valid;
 
   template <class Product>
+  __device__ __forceinline__ cursor(Product const& x, std::int64_t first, std::int64_t blocks)
+      : index(first), every(blocks) {
+    find(x);
+  }
+  template <class Product>
   __device__ __forceinline__ void find(Product const& x) {
     // A tile without depth has nothing to add.
-    do valid = find_tile<rows, columns>(x, index, tile);
-    while (valid && tile.depth >= tile.depth_end && (index += gridDim.x, true));
+    do valid = find_tile<Rows, columns>(x, index, tile);
+    while (valid && tile.depth >= tile.depth_end && (index += every, true));
     p = tile.depth;
+  }
+  template <class Product>
+  __device__ __forceinline__ void next_tile(Product const& x) {
+    index += every;
+    find(x);
   }
   template <class Product>
   __device__ __forceinline__ void step(Product const& x) {
     p += depth;
-    if (p < tile.depth_end) return;
-    index += gridDim.x;
-    find(x);
+    if (p >= tile.depth_end) next_tile(x);
   }
 };
 
@@ -111,15 +122,27 @@ __device__ __forceinline__ void store_fragments(float (&sum)[Tiles][4], TC* c, s
                                                 std::int64_t columns_left, float const* bias, bool accumulate,
                                                 bool wide) {
   int const lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, pair = lane % 4 * 2;
-  if (bias || accumulate)
+  if (bias)
 #pragma unroll
     for (int j = 0; j < Tiles; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        int const row = r + e / 2 * 8, column = 8 * j + pair + e % 2;
-        if (row >= rows_left || column >= columns_left) continue;
-        if (bias) sum[j][e] += bias[column];
-        if (accumulate) sum[j][e] += convert<float>(c[row * ldc + column]);
+      for (int e = 0; e < 2; ++e) {
+        float const add = 8 * j + pair + e < columns_left ? bias[8 * j + pair + e] : 0.0f;
+        sum[j][e] += add;
+        sum[j][2 + e] += add;
+      }
+  if (accumulate)
+#pragma unroll
+    for (int high = 0; high < 2; ++high)
+#pragma unroll
+      for (int j = 0; j < Tiles; ++j) {
+        int const row = r + 8 * high, column = 8 * j + pair;
+        TC const* const from = c + row * ldc + column;
+        pack<float, 2> held = {};
+        if (row < rows_left)
+          held = wide && column + 2 <= columns_left ? load_pack<2>(from) : load_some<2>(from, columns_left - column);
+        sum[j][2 * high] += held[0];
+        sum[j][2 * high + 1] += held[1];
       }
 #pragma unroll
   for (int high = 0; high < 2; ++high) {
@@ -171,9 +194,8 @@ __global__ void __launch_bounds__(mma::threads, 1)
   int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int const warp_row = warp % 2 * 64, warp_column = warp / 2 * 64;
 
-  mma::cursor ahead{.index = blockIdx.x};
-  ahead.find(x);
-  mma::cursor now = ahead;
+  mma::cursor<mma::rows> ahead(x, blockIdx.x, gridDim.x);
+  auto now = ahead;
   int write = 0, read = 0;
   auto const fetch = [&] {
     if (ahead.valid) {
@@ -239,8 +261,7 @@ __global__ void __launch_bounds__(mma::threads, 1)
         store_fragments(sum[i], c + row * x.ldc + column, x.ldc, t.row_end - row, x.n - column, bias,
                         x.mode == update::accumulate, wide);
       }
-    now.index += gridDim.x;
-    now.find(x);
+    now.next_tile(x);
   }
   wait_for_copies<0>();
 }
