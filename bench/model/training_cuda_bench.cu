@@ -1,7 +1,7 @@
 /// A training step on a CUDA device: BlackMamba of about 100M active parameters (the quickstart's large model), weights
-/// and activations in bfloat16. Time of whole steps as a program sees them: tokens in, loss out. Model FLOPs count 6 for
-/// each parameter that multiplies a token; utilisation is their rate over that of an 8192^3 bfloat16 product by cuBLAS in
-/// the same run.
+/// and activations in bfloat16. Time of whole steps as a program sees them: tokens in, loss out. Model FLOPs count 6
+/// for each parameter that multiplies a token; utilisation is their rate over that of an 8192^3 bfloat16 product by
+/// cuBLAS in the same run.
 ///
 /// With the argument `eager`, one step runs kernel by kernel and nothing is timed: for a profiler.
 #include "support/quickstart_model.hpp"

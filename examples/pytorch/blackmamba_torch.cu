@@ -1,7 +1,8 @@
 // The operators for PyTorch: a small extension that includes the headers and nothing else. blackmamba_torch.py builds
 // it with PyTorch's own loader and offers the functions under the names, layouts and defaults that people use.
 //
-// Tensors come in as (batch, length, channels) with channels contiguous; the Python side turns and copies where it must.
+// Tensors come in as (batch, length, channels) with channels contiguous; the Python side turns and copies where it
+// must.
 #include <blackmamba/ops/associative_scan/first_order_recurrence.hpp>
 #include <blackmamba/ops/causal_conv1d/causal_conv1d.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
@@ -120,14 +121,15 @@ std::tuple<tensor, tensor, tensor> scan_forward(tensor u, tensor delta, tensor A
              .delta_softplus = delta_softplus},
             view_of<T, dyn, dyn, dyn>("y", y),
             {.final_state = view_of<float, dyn, dyn, dyn>("final_state", final_state),
-             .checkpoints = checkpoints ? view_of<float, dyn>("checkpoints", kept) : bm::view<on_device, float, dyn>{}});
+             .checkpoints = view_of<float, dyn>("checkpoints", checkpoints ? optional_tensor(kept) : std::nullopt)});
       });
     });
   });
   return {y, final_state, kept};
 }
 
-/// @returns the gradients of u, delta, A, B, C, D, z, delta_bias and the initial state, in this order; empty where absent
+/// @returns the gradients of u, delta, A, B, C, D, z, delta_bias and the initial state, in this order; empty where
+/// absent
 std::vector<tensor> scan_backward(tensor u, tensor delta, tensor A, tensor B, tensor C, optional_tensor D,
                                   optional_tensor z, optional_tensor delta_bias, optional_tensor initial_state,
                                   tensor checkpoints, tensor d_y, optional_tensor d_final_state, bool delta_softplus) {

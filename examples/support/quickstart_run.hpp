@@ -56,7 +56,7 @@ inline std::string bars(bm::expert_statistics const& layer) {
 /// Draws each layer's tokens per expert where Sinkhorn balances them, and on held-out text, where each token goes to
 /// the expert that it prefers.
 inline void show_experts(std::vector<bm::expert_statistics> const& training,
-                  std::vector<bm::expert_statistics> const& held_out) {
+                         std::vector<bm::expert_statistics> const& held_out) {
   std::printf("\ntokens per expert           last training step              held-out text\n");
   std::printf("                            busiest/mean  Sinkhorn          busiest/mean\n");
   for (std::size_t i = 0; i < training.size(); ++i)
@@ -92,12 +92,14 @@ int run(arguments const& a, std::string const& place, std::function<std::size_t(
 
   network_type network(a.seed);
   auto const count = bm::count_parameters<typename network_type::arch>();
-  bm::trainer train(network, {.batch = batch,
-                              .length = length,
-                              .learning_rate = {.peak = Model::peak, .final = Model::final, .warmup = 60, .steps = steps},
-                              .weight_decay = 0.05});
+  bm::trainer train(network,
+                    {.batch = batch,
+                     .length = length,
+                     .learning_rate = {.peak = Model::peak, .final = Model::final, .warmup = 60, .steps = steps},
+                     .weight_decay = 0.05});
   std::printf("BlackMamba on %s, %s: %lld parameters, %lld active for a token, %d layers, 8 experts\n", place.c_str(),
-              bm::type_name<T>(), static_cast<long long>(count.total), static_cast<long long>(count.active), count.layers);
+              bm::type_name<T>(), static_cast<long long>(count.total), static_cast<long long>(count.active),
+              count.layers);
   std::printf("text: %lld bytes for training; workspace %.1f MB\n", static_cast<long long>(a.corpus.training_bytes()),
               static_cast<double>(train.workspace_bytes()) * 1e-6);
 

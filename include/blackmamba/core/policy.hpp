@@ -37,8 +37,9 @@ struct cuda {
 /// Where there is no CUDA the name stands for one sentence.
 template <bool CompiledAsCuda = false>
 struct cuda_without_nvcc {
-  static_assert(CompiledAsCuda, "blackmamba: device::cuda: this file is not compiled as CUDA; compile it with nvcc (name "
-                                "it .cu, link blackmamba::cuda), or choose device::cpu");
+  static_assert(CompiledAsCuda,
+                "blackmamba: device::cuda: this file is not compiled as CUDA; compile it with nvcc (name it .cu, link "
+                "blackmamba::cuda), or choose device::cpu");
   using memory_space = space::device;
   arena<space::device>* workspace = nullptr;
 };

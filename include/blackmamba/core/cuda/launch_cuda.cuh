@@ -53,7 +53,7 @@ struct device_properties {
   int multiprocessors = 0;
   int shared_bytes_per_block = 0;  ///< the most that a block may ask for
   int l2_bytes = 0;
-  int major = 0;                   ///< compute capability
+  int major = 0;  ///< compute capability
   int minor = 0;
 };
 /// Properties of the current device, read once.
@@ -141,8 +141,8 @@ inline unsigned blocks_for(std::int64_t n, std::int64_t each) {
                       " blocks, expected at most 2147483647");
   return static_cast<unsigned>(blocks);
 }
-/// As blocks_for, but at most `waves` times what the device runs with `resident` blocks on a multiprocessor: for kernels
-/// whose blocks walk over their share in grid-sized strides.
+/// As blocks_for, but at most `waves` times what the device runs with `resident` blocks on a multiprocessor: for
+/// kernels whose blocks walk over their share in grid-sized strides.
 inline unsigned strided_blocks_for(std::int64_t n, std::int64_t each, int resident, int waves = 1) {
   std::int64_t const most = std::int64_t{properties().multiprocessors} * resident * waves;
   std::int64_t const blocks = (n + each - 1) / each;
