@@ -54,7 +54,8 @@ struct norm_backward_arguments {
 namespace detail {
 
 /// Sums each x[i] over the `lanes` neighbouring threads that share a row: a power of two up to 32, or whole warps. All
-/// of the block call it, and every thread gets the sums. `memory`: M elements for each warp of the block.
+/// of the block call it, and every thread gets the sums. `memory`: M elements for each warp of the block, which no call
+/// may have used since the last but one: two halves in turn save a barrier.
 template <int M, class A>
 __device__ __forceinline__ void sum_over_lanes(A (&x)[M], int lanes, A* memory) {
   for (int distance = (lanes < 32 ? lanes : 32) / 2; distance > 0; distance /= 2)
@@ -71,8 +72,53 @@ __device__ __forceinline__ void sum_over_lanes(A (&x)[M], int lanes, A* memory) 
     x[i] = memory[first * M + i];
     for (int w = 1; w < warps; ++w) x[i] += memory[(first + w) * M + i];
   }
-  __syncthreads();
 }
+
+/// The sum of a row's elements and the sum of their squares, or with Centred of the squares of their differences from the
+/// mean, with one barrier of the block. For that each warp takes differences from the mean of its own part, and
+/// sum (s - mean)^2 = sum over warps of [sum (s - mean_w)^2 + count_w (mean_w - mean)^2].
+template <bool Centred, class A>
+struct row_moments {
+  A count, sum, squares;
+
+  /// Of the part that the thread, then that the warp has.
+  __device__ __forceinline__ A mean() const { return Centred && count > 0 ? sum / count : A(0); }
+  __device__ __forceinline__ void sum_over_warp(int lanes) {
+    for (int distance = (lanes < 32 ? lanes : 32) / 2; distance > 0; distance /= 2) {
+      count += __shfl_xor_sync(0xffffffffu, count, distance);
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    }
+  }
+  /// `memory`: three elements for each warp of the block, used this once.
+  __device__ __forceinline__ void squares_over_row(int lanes, A* memory) {
+    for (int distance = (lanes < 32 ? lanes : 32) / 2; distance > 0; distance /= 2)
+      squares += __shfl_xor_sync(0xffffffffu, squares, distance);
+    if (lanes <= 32) return;
+    int const warp = static_cast<int>(threadIdx.x) / 32, warps = lanes / 32, first = warp / warps * warps;
+    if (threadIdx.x % 32 == 0) {
+      memory[warp] = squares;
+      if constexpr (Centred) {
+        memory[32 + warp] = sum;
+        memory[64 + warp] = count;
+      }
+    }
+    __syncthreads();
+    squares = 0;
+    for (int w = first; w < first + warps; ++w) squares += memory[w];
+    if constexpr (Centred) {
+      count = sum = 0;
+      for (int w = first; w < first + warps; ++w) {
+        sum += memory[32 + w];
+        count += memory[64 + w];
+      }
+      A const of_row = mean();
+      for (int w = first; w < first + warps; ++w) {
+        A const of_warp = memory[64 + w] > 0 ? memory[32 + w] / memory[64 + w] - of_row : A(0);
+        squares = math::fma(of_warp * of_warp, memory[64 + w], squares);
+      }
+    }
+  }
+};
 
 /// Whether the scalar of a row belongs to this thread to write.
 template <class A>
@@ -84,7 +130,7 @@ __device__ __forceinline__ void store_scalar(device_view<A, dyn> const& to, std:
 template <bool Centred, int N, int K, class T>
 __global__ void __launch_bounds__(1024) norm_forward_in_registers(norm_forward_arguments<T> a, int lanes) {
   using A = accum_t<T>;
-  __shared__ A memory[32];
+  __shared__ A memory[96];
   int const lane = static_cast<int>(threadIdx.x) % lanes, width = static_cast<int>(a.y.extent(1));
   std::int64_t const r =
       std::int64_t{blockIdx.x} * (static_cast<int>(blockDim.x) / lanes) + static_cast<int>(threadIdx.x) / lanes;
@@ -114,26 +160,28 @@ __global__ void __launch_bounds__(1024) norm_forward_in_registers(norm_forward_a
       }
     }
   }
-  A total[1] = {0};
-  A mean = 0;
+  row_moments<Centred, A> moments{0, 0, 0};
   if constexpr (Centred) {
 #pragma unroll
     for (int k = 0; k < K; ++k)
-      if (live && mine + k * step < width)
+      if (live && mine + k * step < width) {
+        moments.count += N;
 #pragma unroll
-        for (int i = 0; i < N; ++i) total[0] += s[k][i];
-    sum_over_lanes(total, lanes, memory);
-    mean = total[0] / static_cast<A>(width);
-    total[0] = 0;
+        for (int i = 0; i < N; ++i) moments.sum += s[k][i];
+      }
+    moments.sum_over_warp(lanes);
   }
+  A const centre = moments.mean();
 #pragma unroll
   for (int k = 0; k < K; ++k)
     if (live && mine + k * step < width)
 #pragma unroll
-      for (int i = 0; i < N; ++i) total[0] = math::fma(s[k][i] - mean, s[k][i] - mean, total[0]);
-  sum_over_lanes(total, lanes, memory);
+      for (int i = 0; i < N; ++i) moments.squares = math::fma(s[k][i] - centre, s[k][i] - centre, moments.squares);
+  moments.squares_over_row(lanes, memory);
+  A mean = 0;
+  if constexpr (Centred) mean = moments.sum / static_cast<A>(width);
   if (!live) return;
-  A const rstd = A(1) / math::sqrt(total[0] / static_cast<A>(width) + a.eps);
+  A const rstd = A(1) / math::sqrt(moments.squares / static_cast<A>(width) + a.eps);
   T* const y = a.y.row(r);
   A* const sum = a.sum.present() ? a.sum.row(r) : nullptr;
 #pragma unroll
@@ -159,7 +207,7 @@ __global__ void __launch_bounds__(1024) norm_forward_in_registers(norm_forward_a
 template <bool Centred, class T>
 __global__ void __launch_bounds__(512) norm_forward_passing(norm_forward_arguments<T> a, int lanes) {
   using A = accum_t<T>;
-  __shared__ A memory[16];
+  __shared__ A memory[2][16];
   int const lane = static_cast<int>(threadIdx.x) % lanes;
   std::int64_t const r =
       std::int64_t{blockIdx.x} * (static_cast<int>(blockDim.x) / lanes) + static_cast<int>(threadIdx.x) / lanes;
@@ -171,7 +219,7 @@ __global__ void __launch_bounds__(512) norm_forward_passing(norm_forward_argumen
   A total[1] = {0}, mean = 0;
   if constexpr (Centred) {
     for (std::int64_t c = lane; c < width; c += lanes) total[0] += s(c);
-    sum_over_lanes(total, lanes, memory);
+    sum_over_lanes(total, lanes, memory[0]);
     mean = total[0] / static_cast<A>(a.y.extent(1));
     total[0] = 0;
   }
@@ -179,7 +227,7 @@ __global__ void __launch_bounds__(512) norm_forward_passing(norm_forward_argumen
     A const v = s(c) - mean;
     total[0] = math::fma(v, v, total[0]);
   }
-  sum_over_lanes(total, lanes, memory);
+  sum_over_lanes(total, lanes, memory[1]);
   if (!live) return;
   A const rstd = A(1) / math::sqrt(total[0] / static_cast<A>(width) + a.eps);
   for (std::int64_t c = lane; c < width; c += lanes) {
@@ -201,7 +249,7 @@ __global__ void __launch_bounds__(1024)
   using A = accum_t<T>;
   constexpr int M = Centred ? 2 : 1;
   extern __shared__ __align__(16) unsigned char norm_shared_bytes[];
-  __shared__ A memory[32 * M];
+  __shared__ A memory[2][32 * M];
   int const lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
   int const groups = static_cast<int>(blockDim.x) / lanes, width = static_cast<int>(a.d_s.extent(1));
   std::int64_t const first = std::int64_t{blockIdx.x} * rows_per_block;
@@ -214,7 +262,8 @@ __global__ void __launch_bounds__(1024)
     for (int k = 0; k < K; ++k)
 #pragma unroll
       for (int i = 0; i < N; ++i) d_parameter[m][k][i] = 0;
-  for (std::int64_t base = first; base < last; base += groups) {
+  int turn = 0;
+  for (std::int64_t base = first; base < last; base += groups, turn ^= 1) {
     std::int64_t const r = base + group;
     bool const live = r < last;
     stored_pack<N, S> s[K];
@@ -259,7 +308,7 @@ __global__ void __launch_bounds__(1024)
         }
       }
     }
-    sum_over_lanes(total, lanes, memory);
+    sum_over_lanes(total, lanes, memory[turn]);
     A const mean_gn = total[0] / static_cast<A>(width);
     A mean_g = 0;
     if constexpr (Centred) mean_g = total[1] / static_cast<A>(width);
@@ -311,7 +360,7 @@ __global__ void __launch_bounds__(256)
     norm_backward_passing(norm_backward_arguments<T, S> a, std::int64_t rows_per_block) {
   using A = accum_t<T>;
   constexpr int M = Centred ? 2 : 1;
-  __shared__ A memory[8 * M];
+  __shared__ A memory[2][8 * M];
   std::int64_t const width = a.d_s.extent(1), first = std::int64_t{blockIdx.x} * rows_per_block;
   std::int64_t const last = first + rows_per_block < a.d_s.extent(0) ? first + rows_per_block : a.d_s.extent(0);
   A* const d_weight = a.partial.row(std::int64_t{blockIdx.x});
@@ -327,7 +376,7 @@ __global__ void __launch_bounds__(256)
       total[0] = math::fma(g, (widen(s[c]) - mean) * rstd, total[0]);
       if constexpr (Centred) total[1] += g;
     }
-    sum_over_lanes(total, 256, memory);
+    sum_over_lanes(total, 256, memory[(r - first) % 2]);
     A const mean_gn = total[0] / static_cast<A>(width);
     A mean_g = 0;
     if constexpr (Centred) mean_g = total[1] / static_cast<A>(width);

@@ -59,7 +59,7 @@ template <int>
 __global__ void __launch_bounds__(1024)
     embedding_order(std::int32_t const* token, std::int64_t rows, std::int32_t vocabulary, int span,
                     std::int64_t* order, std::int64_t* first, std::int32_t* frequent) {
-  constexpr int warps = 32, unroll = 4;
+  constexpr int warps = 32, unroll = 8;
   extern __shared__ __align__(16) unsigned char embedding_shared_bytes[];
   auto* const begin = reinterpret_cast<std::int64_t*>(embedding_shared_bytes);  // (span)
   auto* const count = reinterpret_cast<std::uint32_t*>(begin + span);           // (warps, span)
@@ -223,23 +223,24 @@ __global__ void __launch_bounds__(256) embedding_add_frequent(embedding_gradient
     std::int32_t const v = a.frequent[1 + item / tiles];
     std::int64_t const column = item % tiles * columns, begin = a.first[v], end = a.first[v + 1];
     std::int64_t const count = (end - begin + rows - 1) / rows;
-    // Where the rows are of the pieces that this thread copies next; looked up a stage before they are needed.
-    std::int64_t next[each];
-    auto const look_up = [&](std::int64_t stage) {
+    // Where the rows are of the pieces that this thread copies, looked up before they are needed: of the first stages
+    // together, of the others a stage ahead.
+    using positions = std::int64_t[each];
+    auto const look_up = [&](std::int64_t stage, positions& at) {
 #pragma unroll
       for (int k = 0; k < each; ++k) {
         std::int64_t const i = begin + stage * rows + (thread + k * 256) / pieces;
-        next[k] = i < end ? a.order[i] : -1;
+        at[k] = i < end ? a.order[i] : -1;
       }
     };
-    auto const fetch = [&](std::int64_t stage) {
+    auto const fetch = [&](std::int64_t stage, positions const& at) {
 #pragma unroll
       for (int k = 0; k < each; ++k) {
         int const row = (thread + k * 256) / pieces, piece = (thread + k * 256) % pieces;
         std::int64_t const c = column + piece * n;
-        if (next[k] >= 0 && c < width) {
+        if (at[k] >= 0 && c < width) {
           T* const to = memory + ((stage % stages) * rows + row) * columns + piece * n;
-          T const* const from = a.d_y.row(next[k]) + c;
+          T const* const from = a.d_y.row(at[k]) + c;
           if constexpr (Packs)
             embedding_copy(to, from);
           else
@@ -248,19 +249,20 @@ __global__ void __launch_bounds__(256) embedding_add_frequent(embedding_gradient
       }
       asm volatile("cp.async.commit_group;" ::: "memory");  // an empty group at the end keeps the count
     };
-    look_up(0);
-    for (int stage = 0; stage < stages - 1; ++stage) {
-      fetch(stage);
-      look_up(stage + 1);
-    }
+    positions ahead[stages - 1], next;
+#pragma unroll
+    for (int stage = 0; stage < stages - 1; ++stage) look_up(stage, ahead[stage]);
+    look_up(stages - 1, next);
+#pragma unroll
+    for (int stage = 0; stage < stages - 1; ++stage) fetch(stage, ahead[stage]);
     std::int64_t const mine = column + thread;
     bool const adds = thread < columns && mine < width;
     A sum = adds ? a.d_table.row(v)[mine] : A(0);
     for (std::int64_t stage = 0; stage < count; ++stage) {
       asm volatile("cp.async.wait_group %0;" ::"n"(stages - 2) : "memory");
       __syncthreads();  // the stage is there, and the one before it is no longer read
-      fetch(stage + stages - 1);
-      look_up(stage + stages);
+      fetch(stage + stages - 1, next);
+      look_up(stage + stages, next);
       if (adds) {
         T const* const from = memory + (stage % stages) * rows * columns + thread;
         int const left = static_cast<int>(end - begin - stage * rows < rows ? end - begin - stage * rows : rows);
