@@ -6,8 +6,11 @@
 # itself, and so is a tests/**/<name>_test.cu where CUDA is enabled: what compares devices.
 # Files are found by pattern: a new one needs no line here.
 
-# The programs that run work on several threads; ThreadSanitizer runs these.
-set(BLACKMAMBA_PARALLEL_TESTS "parallel_for|gemm|scan|linear|train" CACHE STRING
+# The programs of what divides its work among threads with care: ThreadSanitizer runs these. (Training runs the rest,
+# whose rows are independent.)
+set(BLACKMAMBA_PARALLEL_TESTS
+  "parallel_for|gemm|scan|linear|recurrence|conv1d|attention|dispatch|embedding|sinkhorn|cross_entropy|adamw|train"
+  CACHE STRING
   "Regular expression over test names: what is labelled \"parallel\"")
 mark_as_advanced(BLACKMAMBA_PARALLEL_TESTS)
 
