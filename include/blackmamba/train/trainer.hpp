@@ -40,7 +40,7 @@ struct step_report {
 /// Weights in 16-bit storage have fp32 masters here; gradients, moments and the residual stream are fp32 (double for
 /// double).
 ///
-/// Bytes, with t = sizeof(T), a = sizeof(accum_t<T>), P parameters, d_inner = expand d_model: the network t P (vectors a)
+/// Bytes, with t = sizeof(T), a = sizeof(accum_t<T>), P parameters, d_inner = expand d_model: the network t P
 /// and the trainer 3 a P (a P more of masters where t < a); activations for each token of the batch of
 ///
 ///   a mamba layer   (a + t) d_model + t (5 d_inner + dt_rank + 2 d_state) + a d_inner d_state / chunk
