@@ -254,6 +254,107 @@ TEST_CASE("attention: steps of sequences of different lengths, over several chun
   }
 }
 
+TEST_CASE_TEMPLATE("attention: steps at many head dimensions and shares of key/value heads", T, STORAGE_TYPES) {
+  for (auto [heads, kv_heads, head_dim] :
+       {std::array{6, 1, 64}, {12, 2, 80}, {3, 3, 128}, {5, 1, 256}, {8, 2, 96}, {2, 1, 30}, {16, 16, 32}}) {
+    auto const s = batch_of(2, 131, heads, kv_heads, head_dim);
+    auto const x = rounded<T>(random_tensors(s));
+    auto const expected = rows_of(reference(s, x).y, s, s.heads * s.head_dim, 130, 1);
+    test::values first;
+    for (int run = 0; run < 2; ++run) {
+      cache_tensors<T> cache(s, 140);
+      prefill<T>(with_length(s, 130), part_of(x, s, 0, 130), cache);
+      auto const y = step<T>(with_length(s, 1), part_of(x, s, 130, 1), cache);
+      test::check_close(y, expected, 8 * bound<T>(s), s.text());
+      if (run == 0) first = y;
+      test::check_equal(y, first, "the same again");
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("attention: a step over caches from empty to long", T, STORAGE_TYPES) {
+  std::vector<std::int64_t> const held{4999, 0, 63, 64, 65, 1000};
+  std::int64_t const batch = 6, heads = 16, kv_heads = 8, head_dim = 16, capacity = 5000, share = heads / kv_heads;
+  auto const values_of = [](std::int64_t n, std::uint64_t seed) {
+    return test::rounded<T>(test::random_normal(n, seed));
+  };
+  auto const keys = values_of(batch * capacity * kv_heads * head_dim, 1),
+             values = values_of(batch * capacity * kv_heads * head_dim, 2);
+  auto const q = values_of(batch * heads * head_dim, 3), k = values_of(batch * kv_heads * head_dim, 4),
+             v = values_of(batch * kv_heads * head_dim, 5);
+  test::values expected(q.size());
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t h = 0; h < heads; ++h) {
+      test::values score;
+      auto const row = [&](test::values const& cache, test::values const& token, std::int64_t j) {
+        std::int64_t const kv = h / share;
+        return j < held[at(b)] ? &cache[at(((b * capacity + j) * kv_heads + kv) * head_dim)]
+                               : &token[at((b * kv_heads + kv) * head_dim)];
+      };
+      for (std::int64_t j = 0; j <= held[at(b)]; ++j) {
+        double dot = 0;
+        for (std::int64_t d = 0; d < head_dim; ++d) dot += q[at((b * heads + h) * head_dim + d)] * row(keys, k, j)[d];
+        score.push_back(std::exp(dot / 4));
+      }
+      double const total = std::accumulate(score.begin(), score.end(), 0.0);
+      for (std::int64_t j = 0; j <= held[at(b)]; ++j)
+        for (std::int64_t d = 0; d < head_dim; ++d)
+          expected[at((b * heads + h) * head_dim + d)] += score[at(j)] / total * row(values, v, j)[d];
+    }
+  auto const key = test::upload<T>(keys, batch, capacity, kv_heads, head_dim);
+  auto const value = test::upload<T>(values, batch, capacity, kv_heads, head_dim);
+  auto const length = test::upload<std::int32_t>(test::values(held.begin(), held.end()), batch);
+  auto const q_tensor = test::upload<T>(q, batch, heads, head_dim),
+             k_tensor = test::upload<T>(k, batch, kv_heads, head_dim),
+             v_tensor = test::upload<T>(v, batch, kv_heads, head_dim);
+  auto y = test::poisoned<T>(batch, heads, head_dim);
+  attention::step(make_policy(), {.q = q_tensor, .k = k_tensor, .v = v_tensor, .rotary_base = 0},
+                  {.key = key, .value = value, .length = length}, y.as_view());
+  test::check_close(test::download(y), expected, test::tolerance<T>(4 * 5000), "y");
+  test::check_equal(test::download(length), {5000, 1, 64, 65, 66, 1001}, "length");
+}
+
+TEST_CASE_TEMPLATE("attention: slices of a projection, aligned for vectors or not", T, bfloat16, half) {
+  // Wide heads: the paths that copy 16 bytes at a time, and those that cannot.
+  for (std::int64_t shift : {0, 1, 8})
+    for (std::int64_t head_dim : {32, 64, 128}) {
+      auto const s = batch_of(1, 150, 2, 1, head_dim);
+      std::int64_t const width = 4 * head_dim + shift;
+      auto const x = rounded<T>(random_tensors(s));
+      test::values all;
+      for (std::int64_t r = 0; r < s.tokens(); ++r) {
+        all.insert(all.end(), at(shift), 0.0);
+        for (auto const* part : {&x.q, &x.k, &x.v}) {
+          std::int64_t const w = static_cast<std::int64_t>(part->size()) / s.tokens();
+          all.insert(all.end(), part->begin() + r * w, part->begin() + (r + 1) * w);
+        }
+      }
+      auto const qkv = test::upload<T>(all, s.batch(), s.length(), width);
+      auto const q = heads_of(qkv, shift, 2, head_dim), k = heads_of(qkv, shift + 2 * head_dim, 1, head_dim),
+                 v = heads_of(qkv, shift + 3 * head_dim, 1, head_dim);
+      auto y = test::poisoned<T>(1, 150, 2, head_dim);
+      auto lse = test::poisoned<float>(1, 2, 150);
+      attention::forward(make_policy(), {.q = q, .k = k, .v = v}, y, {.lse = lse});
+      auto const expected = run<T>(s, x);
+      test::check_equal(test::download(y), expected.y, "y");
+      auto const d_y = test::rounded<T>(test::random_normal(s.q_size(), 4));
+      auto const d_y_tensor = upload_q<T>(s, d_y);
+      auto const d = test::poisoned<T>(s.batch(), s.length(), width);
+      attention::backward<test_policy, T>(make_policy(),
+                                          {.q = q, .k = k, .v = v, .y = y, .lse = lse, .d_y = d_y_tensor},
+                                          {.d_q = heads_of(d, shift, 2, head_dim),
+                                           .d_k = heads_of(d, shift + 2 * head_dim, 1, head_dim),
+                                           .d_v = heads_of(d, shift + 3 * head_dim, 1, head_dim)});
+      auto const g = run_backward<T>(s, x, expected, d_y);
+      auto const found = test::download(d);
+      for (std::int64_t r = 0; r < s.tokens(); ++r)
+        for (std::int64_t i = 0; i < 4 * head_dim; ++i)
+          REQUIRE(found[at(r * width + shift + i)] == (i < 2 * head_dim   ? g.q[at(r * 2 * head_dim + i)]
+                                                       : i < 3 * head_dim ? g.k[at(r * head_dim + i - 2 * head_dim)]
+                                                                          : g.v[at(r * head_dim + i - 3 * head_dim)]));
+    }
+}
+
 template <class P>
 void check_thread_counts() {
   if constexpr (requires(P p) { p.threads; })
