@@ -44,7 +44,24 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE double select(bool c, double a, double b) { retu
 BLACKMAMBA_HD BLACKMAMBA_INLINE double normal_cdf(double x) { return 0.5 * std::erfc(-0.70710678118654752440 * x); }
 BLACKMAMBA_HD BLACKMAMBA_INLINE float normal_cdf(float x) {
 #if defined(__CUDA_ARCH__)
-  return ::normcdff(x);
+  // Phi(-a) = e^(-a^2 / 2) t P(t) with t = 1 / (1 + 0.345 a), where P is the polynomial of degree 8 whose relative
+  // error over 0 <= a <= 15 is smallest: 0.44 roundings. With those of the arithmetic below they stay below 10 (a^2 with
+  // its rounding error, which the exponential would enlarge). About half the cost of normcdff.
+  float const a = std::fabs(x) > 15 ? 15.0f : std::fabs(x);  // beyond, Phi(-a) is 0
+  float t;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(std::fma(a, 0.345f, 1.0f)));
+  float p = -0.0279358607f;
+  p = std::fma(p, t, 0.143249005f);
+  p = std::fma(p, t, -0.267256707f);
+  p = std::fma(p, t, 0.183044627f);
+  p = std::fma(p, t, -0.0349610932f);
+  p = std::fma(p, t, 0.110771589f);
+  p = std::fma(p, t, 0.117476754f);
+  p = std::fma(p, t, 0.137990832f);
+  p = std::fma(p, t, 0.137620866f);
+  float const square = a * a, rest = std::fma(a, a, -square), e = std::exp(-0.5f * square);
+  float const tail = p * t * std::fma(e, -0.5f * rest, e);
+  return x < 0 ? tail : 1.0f - tail;
 #else
   return static_cast<float>(normal_cdf(static_cast<double>(x)));  // in float, the rounding of x / sqrt 2 would show
 #endif
