@@ -2,13 +2,15 @@
 """Consumes the library as a user does, and says which header was used.
 
 usage: package_test.py install       --build DIR --work DIR --cmake CMAKE
-       package_test.py find_package|add_subdirectory|fetch_content|cuda
+       package_test.py find_package|add_subdirectory|fetch_content|fetched_eigen|cuda
                                      --root DIR --work DIR --cmake CMAKE --generator NAME --cxx COMPILER [--cuda NVCC]
+                                     [--eigen DIR]
        package_test.py pkg_config    --root DIR --work DIR --cxx COMPILER --pkg-config PROGRAM
 
 `install` installs from the build tree --build into --work/prefix; find_package, pkg_config and cuda use that prefix.
 Every consumer is compiled with strict warnings as errors, and the header that its compiler read must lie where this way
-of using the library says.
+of using the library says. fetched_eigen is add_subdirectory on a machine without Eigen's package: Eigen is fetched, here
+from --eigen.
 """
 import argparse
 import os
@@ -64,20 +66,26 @@ def install(arguments):
 def cmake_consumer(arguments):
     prefix, build = arguments.work / "prefix", arguments.work / arguments.kind
     shutil.rmtree(build, ignore_errors=True)
-    configure = [arguments.cmake, "-S", HERE / arguments.kind, "-B", build, "-G", arguments.generator,
+    project = "add_subdirectory" if arguments.kind == "fetched_eigen" else arguments.kind
+    configure = [arguments.cmake, "-S", HERE / project, "-B", build, "-G", arguments.generator,
                  f"-DCMAKE_CXX_COMPILER={arguments.cxx}", "-DCMAKE_BUILD_TYPE=Debug",
                  "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", f"-DCONSUMER_FLAGS={';'.join(STRICT)};-H"]
     expected = arguments.root / "include"
     if arguments.kind in ("find_package", "cuda"):
         configure.append(f"-DCMAKE_PREFIX_PATH={prefix}")
         expected = prefix / "include"
-    elif arguments.kind == "add_subdirectory":
+    elif project == "add_subdirectory":
         configure.append(f"-DBLACKMAMBA_SOURCE={arguments.root}")
     else:
         configure.append(f"-DFETCHCONTENT_SOURCE_DIR_BLACKMAMBA={arguments.root}")
     if arguments.kind == "cuda":
         configure += [f"-DCMAKE_CUDA_COMPILER={arguments.cuda}", "-DCMAKE_CUDA_ARCHITECTURES=90"]
-    run(configure)
+    if arguments.kind == "fetched_eigen":
+        configure += ["-DCMAKE_DISABLE_FIND_PACKAGE_Eigen3=ON", f"-DFETCHCONTENT_SOURCE_DIR_EIGEN={arguments.eigen}"]
+    configured = run(configure)
+    if arguments.kind == "fetched_eigen":
+        require(re.search(r"eigen is not installed; fetching https://\S+ at [0-9a-f]{40}", configured),
+                "the revision of Eigen that is fetched is not said, or is not pinned")
     output = run([arguments.cmake, "--build", build])
 
     commands = (build / "compile_commands.json").read_text(encoding="utf-8")
@@ -115,9 +123,9 @@ def pkg_config(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["install", "find_package", "add_subdirectory", "fetch_content", "cuda",
-                                         "pkg_config"])
-    for name in ("root", "work", "build"):
+    parser.add_argument("kind", choices=["install", "find_package", "add_subdirectory", "fetch_content",
+                                         "fetched_eigen", "cuda", "pkg_config"])
+    for name in ("root", "work", "build", "eigen"):
         parser.add_argument(f"--{name}", type=Path)
     for name in ("cmake", "generator", "cxx", "cuda", "pkg-config"):
         parser.add_argument(f"--{name}")
