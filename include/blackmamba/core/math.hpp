@@ -45,8 +45,8 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE double normal_cdf(double x) { return 0.5 * std::
 BLACKMAMBA_HD BLACKMAMBA_INLINE float normal_cdf(float x) {
 #if defined(__CUDA_ARCH__)
   // Phi(-a) = e^(-a^2 / 2) t P(t) with t = 1 / (1 + 0.345 a), where P is the polynomial of degree 8 whose relative
-  // error over 0 <= a <= 15 is smallest: 0.44 roundings. With those of the arithmetic below they stay below 10 (a^2 with
-  // its rounding error, which the exponential would enlarge). About half the cost of normcdff.
+  // error over 0 <= a <= 15 is smallest: 0.44 roundings. With those of the arithmetic below they stay below 10 (a^2
+  // comes with its rounding error, which the exponential would enlarge). About half the cost of normcdff.
   float const a = std::fabs(x) > 15 ? 15.0f : std::fabs(x);  // beyond, Phi(-a) is 0
   float t;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(std::fma(a, 0.345f, 1.0f)));

@@ -184,7 +184,7 @@ struct backend<cross_entropy, device::cuda> {
   static unsigned launch_rows(device::cuda const& policy, detail::cross_entropy_arguments<T> const& a) {
     std::int64_t const packs = a.logits.extent(1) / N;
     int lanes = 1;
-    while (lanes < 32 && lanes * 4 < packs) lanes *= 2;
+    while (lanes < 32 && lanes * 8 < packs) lanes *= 2;  // each row ends in a logarithm, which one lane takes
     if (packs > 32 * 16) lanes = 256;
     unsigned const blocks = cuda::blocks_for(a.logits.extent(0), 256 / lanes);
     cuda::launch("cross_entropy", policy, {blocks, 256}, detail::cross_entropy_rows<N, T>, a, lanes);
