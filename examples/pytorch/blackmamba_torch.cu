@@ -24,8 +24,11 @@ using on_device = bm::space::device;
 
 namespace {
 
-/// The numbers of states that the scan is compiled for. Add to the list what your models use.
-using d_states = std::integer_sequence<int, 8, 16, 32, 64>;
+/// The numbers of states that the scan is compiled for; each costs the compiler about half a minute.
+#ifndef BLACKMAMBA_TORCH_STATES
+#define BLACKMAMBA_TORCH_STATES 8, 16, 64
+#endif
+using d_states = std::integer_sequence<int, BLACKMAMBA_TORCH_STATES>;
 
 template <class T>
 constexpr at::ScalarType scalar_type() {
@@ -86,7 +89,7 @@ void for_states(std::integer_sequence<int, N...>, std::int64_t states, F&& f) {
   ((known += " " + std::to_string(N)), ...);
   bool const found = ((states == N && (f(std::integral_constant<int, N>{}), true)) || ...);
   TORCH_CHECK(found, "selective_scan: got ", states, " states, compiled for", known,
-              "; add yours to d_states in blackmamba_torch.cu");
+              "; set BLACKMAMBA_TORCH_STATES to a list with yours");
 }
 
 tensor empty_states(tensor const& u, std::int64_t states) {

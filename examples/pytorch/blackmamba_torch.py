@@ -8,7 +8,8 @@ causal_conv1d_fn         as causal_conv1d.causal_conv1d_fn
 associative_scan         as accelerated_scan's scan(gates, tokens)
 
 The extension is built on first use by torch.utils.cpp_extension (nvcc and a C++20 host compiler are needed), for the
-GPU at hand. Activations are float32, bfloat16 or float16; A, D and biases are taken in float32.
+GPU at hand. The scan is compiled for 8, 16 and 64 states; BLACKMAMBA_TORCH_STATES="16" in the environment builds less,
+or others. Activations are float32, bfloat16 or float16; A, D and biases are taken in float32.
 
 Layout: the functions take (batch, channels, length) as those packages do. The library works on (batch, length,
 channels): a tensor whose memory is channel-last (x.transpose(1, 2).contiguous().transpose(1, 2), or a slice of a linear
@@ -36,7 +37,8 @@ def _extension():
         os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}" + ("a" if major == 9 else "")
     return load(name="blackmamba_torch_extension", sources=[str(_HERE / "blackmamba_torch.cu")],
                 extra_include_paths=[str(_HERE.parent.parent / "include")],
-                extra_cuda_cflags=["-O3", "-std=c++20"])
+                extra_cuda_cflags=["-O3", "-std=c++20"]
+                + [f"-DBLACKMAMBA_TORCH_STATES={states}" for states in [os.environ.get("BLACKMAMBA_TORCH_STATES")] if states])
 
 
 def _rows(x):

@@ -57,7 +57,7 @@ def main():
         def random(*shape):
             return torch.randn(*shape, device=DEVICE).to(dtype)
 
-        for batch, channels, length, states in ((2, 64, 70, 16), (1, 40, 300, 8), (3, 96, 33, 32)):
+        for batch, channels, length, states in ((2, 64, 70, 16), (1, 40, 300, 16), (3, 96, 33, 16)):
             A = -torch.rand(channels, states, device=DEVICE) * 3 - 0.1
             inputs = [random(batch, channels, length), random(batch, channels, length), A,
                       random(batch, states, length), random(batch, states, length),
