@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <exception>
 #include <string>
 
 /// Tensors too large to come from the host: filled on the device, and compared with the host's results in part.
@@ -74,6 +75,9 @@ auto all_of(view<space::device, T, E...> x) {
   return rows_of(x, 0, x.extent(0));
 }
 
+/// How many results were wrong so far.
+inline int wrong_results = 0;
+
 /// Checks |actual - expected| <= tolerance (largest |expected|), without copies in double.
 template <class A, class E>
 void check_same(std::string const& what, A const& actual, E const& expected, double tolerance) {
@@ -87,17 +91,18 @@ void check_same(std::string const& what, A const& actual, E const& expected, dou
     if (!(error <= worst)) worst = error;
     if (std::isnan(error)) break;
   }
+  if (!(worst <= tolerance * scale)) ++wrong_results;
   CHECK_MESSAGE(worst <= tolerance * scale, what << ": off by " << worst << " of " << scale);
 }
 
-/// Says what a case was, and that it came to its end.
+/// Prints a line for a case: what it was, whether its results were right, and how long it took.
 class report {
  public:
-  explicit report(std::string what) : what_(std::move(what)), begin_(std::chrono::steady_clock::now()) {}
+  explicit report(std::string what)
+      : what_(std::move(what)), wrong_before_(wrong_results), begin_(std::chrono::steady_clock::now()) {}
   ~report() {
-    std::size_t free = 0, total = 0;
-    (void)cudaMemGetInfo(&free, &total);
-    std::printf("%-78s %6.2f s\n", what_.c_str(),
+    bool const right = wrong_results == wrong_before_ && std::uncaught_exceptions() == 0;
+    std::printf("%-5s %s, %.2f s\n", right ? "ok" : "WRONG", what_.c_str(),
                 std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count());
     std::fflush(stdout);
   }
@@ -106,6 +111,7 @@ class report {
 
  private:
   std::string what_;
+  int wrong_before_;
   std::chrono::steady_clock::time_point begin_;
 };
 
