@@ -443,7 +443,8 @@ TEST_CASE("first_order_recurrence: a state of zero stays zero whatever a is; lon
 
 TEST_CASE("first_order_recurrence: scratch is what scratch_bytes says") {
   auto const a = zeros<float>(make_policy(), 2, 5000, 300);
-  auto h = zeros<float>(make_policy(), 2, 5000, 300), d_b = zeros<float>(make_policy(), 2, 5000, 300);
+  auto h = zeros<float>(make_policy(), 2, 5000, 300), d_a = zeros<float>(make_policy(), 2, 5000, 300);
+  auto d_b = zeros<float>(make_policy(), 2, 5000, 300);
   std::size_t const bytes = first_order_recurrence::scratch_bytes<float>(2, 5000, 300, 0);
   auto measure = arena<test_space>::measuring();
   device::dry<test_policy> const dry{.workspace = &measure};
@@ -453,7 +454,7 @@ TEST_CASE("first_order_recurrence: scratch is what scratch_bytes says") {
   test_policy policy = make_policy();
   policy.workspace = &exact;
   first_order_recurrence::forward(policy, {.a = a, .b = a}, h);
-  first_order_recurrence::backward(policy, {.a = a, .h = h, .d_h = a}, h, d_b);
+  first_order_recurrence::backward(policy, {.a = a, .h = h, .d_h = a}, d_a, d_b);
   CHECK(exact.used() == 0);
   CHECK(exact.peak() == bytes);
 }
