@@ -264,7 +264,7 @@ std::int64_t matvec_outputs(product<TA, TB, TC> const& x) {
 /// Arithmetic in float (double where C is double); 16-bit operands are widened tile by tile. An element of C is summed
 /// in an order that n, k and its column decide (n > 1), whatever other rows there are; a product of at most eight rows
 /// with a transposed B, as decoding has it, sums in an order of its own. Results do not depend on the number of
-/// threads. Allocates nothing but buffers of 320 KiB for each thread, once.
+/// threads. Allocates nothing but buffers of a third of a MiB for each thread, once.
 ///
 /// In a program compiled with OpenMP, Eigen starts threads of its own in each of ours, unless EIGEN_DONT_PARALLELIZE is
 /// defined.
