@@ -374,8 +374,7 @@ TEST_CASE_TEMPLATE("sinkhorn: reference and ones equal the published loop", A, f
       for (double spread : {0.3, 1.0, 2.0})
         for (double beta : {1.0, 2.0}) {
           auto p = normal_in<A>(rows, 8, spread, spread);
-          p.options =
-              sinkhorn::options{.mode = ones ? mode::ones : mode::reference, .max_passes = 50, .beta = beta};
+          p.options = sinkhorn::options{.mode = ones ? mode::ones : mode::reference, .max_passes = 50, .beta = beta};
           published<A> const expected(p, ones, 1e-4, 50);
           auto const r = run<A>(p);
           CAPTURE(rows);
@@ -441,9 +440,9 @@ TEST_CASE("sinkhorn: the safeguard around Newton's step, its damping, and the eq
   CHECK(p.next(0.5) == action::fixed_point_from_saved);  // it did harm: taken back, and fully damped from now on
   CHECK(p.reach == 0);
   CHECK(p.next(0.3) == action::newton);
-  CHECK(p.next(0.4) == action::newton);                         // damped steps may
-  CHECK(p.next(4.1) == action::fixed_point_from_saved);         // but not tenfold
-  CHECK(p.next(0.3) == action::fixed_point);                    // no further trial before the error has halved
+  CHECK(p.next(0.4) == action::newton);                  // damped steps may
+  CHECK(p.next(4.1) == action::fixed_point_from_saved);  // but not tenfold
+  CHECK(p.next(0.3) == action::fixed_point);             // no further trial before the error has halved
   CHECK(p.next(0.19) == action::newton);
   CHECK(p.next(std::nan("")) == action::fixed_point_from_saved);
   CHECK(p.next(9e-4) == action::stop);
@@ -496,6 +495,23 @@ TEST_CASE("sinkhorn: the same bits in every run, for any number of threads") {
         CHECK(again.report.error == one.report.error);
       });
     }
+  }
+}
+
+TEST_CASE("sinkhorn: hundreds of thousands of rows, odd numbers of them") {
+  for (auto [rows, experts] : {std::pair{200003, 8}, std::pair{600003, 5}, std::pair{1200001, 8}}) {
+    auto const p = normal_in<float>(rows, experts, 1, 1);
+    auto const r = run<float>(p);
+    CAPTURE(rows);
+    CHECK(r.report.passes <= 7);
+    double const error = error_of(p, r.offset);
+    CHECK(error <= 1.01e-3);
+    CHECK(std::abs(static_cast<double>(r.report.error) - error) <= 1e-5);
+    for (std::int64_t i : {0, rows / 2, rows - 1}) {
+      auto const row = r.plan.begin() + i * experts;
+      CHECK(std::accumulate(row, row + experts, 0.0) * rows == doctest::Approx(1).epsilon(1e-5));
+    }
+    CHECK(std::accumulate(r.plan.begin(), r.plan.end(), 0.0) == doctest::Approx(1).epsilon(1e-5));
   }
 }
 

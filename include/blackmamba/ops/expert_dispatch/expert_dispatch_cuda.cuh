@@ -29,7 +29,8 @@ struct dispatch_plan_arguments {
 
 /// The plan in one launch, of one block or of a cooperative grid. Every warp owns a run of slots. It counts them by
 /// expert; one grid barrier; every block adds up the counts before its own; the warps walk over their slots again and
-/// hand out rows. Lanes with the same expert find each other by a match over the warp, so that order is kept.
+/// hand out rows. Lanes with the same expert find each other by ballots on the bits of its number, so that order is
+/// kept.
 ///
 /// Shared memory: (warps + 2) E numbers.
 template <int>
@@ -54,6 +55,17 @@ __global__ void __launch_bounds__(1024) dispatch_plan(dispatch_plan_arguments p)
     std::int32_t const e = p.expert[gaps ? s / p.k * p.expert_stride + s % p.k : s];
     return e >= 0 && e < experts ? e : -1;
   };
+  int const bits = 32 - __clz(experts - 1);  // none for one expert
+  /// Lanes with the expert e; of no meaning for -1.
+  auto const peers_of = [bits](std::int32_t e) {
+    unsigned peers = __ballot_sync(0xffffffffu, e >= 0);
+    for (int b = 0; b < bits; ++b) {
+      bool const one = e >> b & 1;
+      unsigned const ones = __ballot_sync(0xffffffffu, one);
+      peers &= one ? ones : ~ones;
+    }
+    return peers;
+  };
   constexpr int ahead = 4;  // loads in flight
   /// Calls body(slot, expert, lanes with that expert) for the warp's slots, 32 at a time.
   auto const each = [&](auto&& body) {
@@ -63,7 +75,7 @@ __global__ void __launch_bounds__(1024) dispatch_plan(dispatch_plan_arguments p)
       for (unsigned a = 0; a < ahead; ++a) e[a] = expert_of(s + 32u * a + lane);
 #pragma unroll
       for (unsigned a = 0; a < ahead; ++a)
-        if (s + 32u * a < end) body(s + 32u * a + lane, e[a], __match_any_sync(0xffffffffu, e[a]));
+        if (s + 32u * a < end) body(s + 32u * a + lane, e[a], peers_of(e[a]));
     }
   };
   unsigned const lower = (1u << lane) - 1;
@@ -278,8 +290,9 @@ struct backend<expert_dispatch, device::cuda> {
   template <class T, int... E>
   using device_view = view<space::device, T, E...>;
 
+  template <class Counts>  // a template, so that who does not call it does not compile it
   static void plan(device::cuda const& policy, device_view<std::int32_t const, dyn, dyn> expert, routing const& to,
-                   std::int64_t capacity, device_view<std::int64_t, dyn, dyn> counts) {
+                   std::int64_t capacity, Counts const& counts) {
     std::int64_t const slots = expert.size(), experts = to.offsets.extent(0) - 1;
     auto const& device = cuda::properties();
     // A block counts for itself up to here; beyond, `counts` has room for two blocks a chunk.

@@ -1,5 +1,6 @@
 #pragma once
 #include <blackmamba/core/cuda/launch_cuda.cuh>
+#include <blackmamba/core/cuda/reduce_cuda.cuh>
 #include <blackmamba/ops/router/quantile_balance.hpp>
 #include <blackmamba/ops/router/router_math.hpp>
 
@@ -100,15 +101,17 @@ __global__ void __launch_bounds__(quantile_threads) quantile_rounds(quantile_arg
     clear(p.counts + (round + 1) % 2 * set_size);  // nobody reads the other set any more
 
     std::int64_t const chunks = (p.rows + quantile_chunk - 1) / quantile_chunk;
-    /// Calls body(expert, key) for the numbers of this block's share, and after_chunk(expert).
+    /// Calls body(expert, key, whether there is a number) for the numbers of this block's share, by whole warps, and
+    /// after_chunk(expert).
     auto const each_number = [&](auto&& body, auto&& after_chunk) {
       for (std::int64_t item = blockIdx.x; item < e * chunks; item += gridDim.x) {
         int const j = static_cast<int>(item / chunks);
         std::int64_t const first = item % chunks * quantile_chunk;
         std::int64_t const last = first + quantile_chunk < p.rows ? first + quantile_chunk : p.rows;
-        for (std::int64_t r = first + threadIdx.x; r < last; r += quantile_threads) {
-          A const t = p.wanted[j * p.rows + r];
-          if (isfinite(t)) body(j, key::of(t));
+        for (std::int64_t start = first; start < last; start += quantile_threads) {
+          std::int64_t const r = start + threadIdx.x;
+          A const t = r < last ? p.wanted[j * p.rows + r] : A(INFINITY);
+          body(j, key::of(t), isfinite(t));
         }
         after_chunk(j);
       }
@@ -118,9 +121,14 @@ __global__ void __launch_bounds__(quantile_threads) quantile_rounds(quantile_arg
       if (threadIdx.x < 256) counted[threadIdx.x] = 0;
       __syncthreads();
       each_number(
-          [&](int j, key_type number) {
-            if (d == 0 || (number >> (shift + 8) % (8 * key::digits)) == static_cast<key_type>(experts[j].prefix))
-              atomicAdd(counted + (number >> shift & 0xff), 1u);
+          [&](int j, key_type number, bool present) {
+            bool const counts = present && (d == 0 || (number >> (shift + 8) % (8 * key::digits)) ==
+                                                          static_cast<key_type>(experts[j].prefix));
+            // Most numbers have one of few digits: lanes with the same add one sum.
+            unsigned const digit = static_cast<unsigned>(number >> shift & 0xff);
+            unsigned const peers = __match_any_sync(0xffffffffu, counts ? digit : 256u);
+            if (counts && (peers & ((1u << lane) - 1)) == 0)
+              atomicAdd(counted + digit, static_cast<unsigned>(__popc(peers)));
           },
           [&](int j) {
             __syncthreads();
@@ -158,12 +166,17 @@ __global__ void __launch_bounds__(quantile_threads) quantile_rounds(quantile_arg
       }
       __syncthreads();
     }
+    key_type best = 0;
     each_number(
-        [&](int j, key_type number) {
-          if (!experts[j].followed && number > static_cast<key_type>(experts[j].prefix))
-            atomicMax(inverted + j, static_cast<unsigned long long>(static_cast<key_type>(~number)));
+        [&](int j, key_type number, bool present) {
+          if (present && !experts[j].followed && number > static_cast<key_type>(experts[j].prefix))
+            best = max(best, static_cast<key_type>(~number));
         },
-        [](int) {});
+        [&](int j) {
+          best = warp_max(best);
+          if (lane == 0 && best > 0) atomicMax(inverted + j, static_cast<unsigned long long>(best));
+          best = 0;
+        });
     barrier();
     for (int j = static_cast<int>(threadIdx.x); j < e; j += quantile_threads) {
       state& s = experts[j];

@@ -5,15 +5,17 @@
 #include <blackmamba/ops/router/router_math.hpp>
 
 #include <algorithm>
+#include <type_traits>
 
-/// Instantiations: router_forward and router_backward for float and double. Both are bound by their bytes, E values in
-/// and k pairs out for each row: a block brings a tile of rows into shared memory with wide accesses, and then a thread
-/// works on each row. Rows that are too wide for that stay where they are.
+/// Instantiations: router_forward and router_backward for float and double, and the former for 8 experts in float. Both
+/// are bound by their bytes, E values in and k pairs out for each row: a block brings a tile of rows into shared memory
+/// with wide accesses, and then a thread works on each row. Rows that are too wide for that stay where they are.
 namespace blackmamba::cuda::detail {
 
 inline constexpr int router_threads = 128;
 
-/// Rows of a block that fit in shared memory, and the distance from one to the next there, odd to spread over the banks.
+/// Rows of a block that fit in shared memory, and the distance from one to the next there, odd to spread over the
+/// banks.
 struct router_tile {
   int rows = router_threads;
   int stride = 0;  // 0: no tile
@@ -90,51 +92,65 @@ struct router_forward_arguments {
   router_tile tile;
 };
 
-template <class A>
+/// Routes the row whose logits are logit(j); returns whether it goes nowhere.
+template <class A, class Logit>
+__device__ __forceinline__ bool router_row(router_forward_arguments<A> const& p, std::int64_t r, std::int64_t experts,
+                                           Logit&& logit) {
+  std::int32_t* const expert = p.expert + r * p.expert_stride;
+  A* const gate = p.gate + r * p.gate_stride;
+  if (!(math::finite_test<A>(experts, logit) == A(0))) {
+    for (int a = 0; a < p.k; ++a) {
+      expert[a] = -1;
+      gate[a] = 0;
+    }
+    return true;
+  }
+  auto const offset = [&](std::int64_t j) { return p.offset ? p.offset[j] : A(0); };
+  math::softmax_sums<A> over{0, 1};
+  if (p.gate_rule == gate_function::softmax) over = math::softmax_over<A>(experts, logit);
+  auto choice = math::no_choice<A>();
+  A largest = A(-INFINITY), sum = 0;
+  for (int a = 0; a < p.k; ++a) {
+    choice = math::next_choice(choice, experts, p.beta, logit, offset);
+    expert[a] = static_cast<std::int32_t>(choice.expert);
+    if (p.gate_rule == gate_function::sigmoid)
+      gate[a] = math::sigmoid(choice.logit);
+    else if (p.gate_rule == gate_function::softmax)
+      gate[a] = math::exp(choice.logit - over.largest) / over.sum;
+    else
+      largest = math::max(largest, gate[a] = choice.logit);
+  }
+  if (p.gate_rule == gate_function::softmax_selected) {
+    for (int a = 0; a < p.k; ++a) sum += gate[a] = math::exp(gate[a] - largest);
+    for (int a = 0; a < p.k; ++a) gate[a] /= sum;
+  }
+  return false;
+}
+
+/// Experts is 8, the usual number, where the rows are two packs of four: they stay in registers. Else 0.
+template <class A, int Experts>
 __global__ void __launch_bounds__(router_threads) router_forward(router_forward_arguments<A> p) {
   extern __shared__ __align__(16) unsigned char router_memory[];
-  A* const tile = reinterpret_cast<A*>(router_memory);
   std::int64_t const first = std::int64_t{blockIdx.x} * p.tile.rows;
   std::int64_t const rows = p.rows - first < p.tile.rows ? p.rows - first : p.tile.rows;
   std::int64_t const r = first + threadIdx.x;
-  A const* x = p.logits + r * p.logits_stride;
-  if (p.tile.stride > 0) {
-    router_load(p.logits + first * p.logits_stride, p.logits_stride, rows, p.experts, p.packs, tile, p.tile.stride);
-    __syncthreads();
-    x = tile + static_cast<int>(threadIdx.x) * p.tile.stride;
-  }
   bool refused = false;
-  if (threadIdx.x < rows) {
-    auto const logit = [x](std::int64_t j) { return x[j]; };
-    auto const offset = [&](std::int64_t j) { return p.offset ? p.offset[j] : A(0); };
-    std::int32_t* const expert = p.expert + r * p.expert_stride;
-    A* const gate = p.gate + r * p.gate_stride;
-    refused = !(math::finite_test<A>(p.experts, logit) == A(0));
-    if (refused) {
-      for (int a = 0; a < p.k; ++a) {
-        expert[a] = -1;
-        gate[a] = 0;
-      }
-    } else {
-      math::softmax_sums<A> over{0, 1};
-      if (p.gate_rule == gate_function::softmax) over = math::softmax_over<A>(p.experts, logit);
-      auto choice = math::no_choice<A>();
-      A largest = A(-INFINITY), sum = 0;
-      for (int a = 0; a < p.k; ++a) {
-        choice = math::next_choice(choice, p.experts, p.beta, logit, offset);
-        expert[a] = static_cast<std::int32_t>(choice.expert);
-        if (p.gate_rule == gate_function::sigmoid)
-          gate[a] = math::sigmoid(choice.logit);
-        else if (p.gate_rule == gate_function::softmax)
-          gate[a] = math::exp(choice.logit - over.largest) / over.sum;
-        else
-          largest = math::max(largest, choice.logit);
-      }
-      if (p.gate_rule == gate_function::softmax_selected) {
-        for (int a = 0; a < p.k; ++a) sum += math::exp(x[expert[a]] - largest);
-        for (int a = 0; a < p.k; ++a) gate[a] = math::exp(x[expert[a]] - largest) / sum;
-      }
+  if constexpr (Experts == 8) {
+    if (threadIdx.x < rows) {
+      A const* const from = p.logits + r * p.logits_stride;
+      auto const low = load_pack<4>(from), high = load_pack<4>(from + 4);
+      A const x[8] = {low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+      refused = router_row(p, r, 8, [&](std::int64_t j) { return x[j]; });
     }
+  } else {
+    A* const tile = reinterpret_cast<A*>(router_memory);
+    A const* x = p.logits + r * p.logits_stride;
+    if (p.tile.stride > 0) {
+      router_load(p.logits + first * p.logits_stride, p.logits_stride, rows, p.experts, p.packs, tile, p.tile.stride);
+      __syncthreads();
+      x = tile + static_cast<int>(threadIdx.x) * p.tile.stride;
+    }
+    if (threadIdx.x < rows) refused = router_row(p, r, p.experts, [x](std::int64_t j) { return x[j]; });
   }
   if (!p.non_finite_rows) return;
   int const count = __syncthreads_count(refused);
@@ -241,8 +257,12 @@ struct backend<router, device::cuda> {
                                                               .gate_stride = chosen.gate.stride(0),
                                                               .non_finite_rows = chosen.non_finite_rows.data(),
                                                               .tile = tile};
+    if constexpr (std::is_same_v<A, float>)
+      if (experts == 8 && arguments.packs)
+        return cuda::launch("router", policy, {blocks, cuda::detail::router_threads},
+                            cuda::detail::router_forward<A, 8>, arguments);
     cuda::launch("router", policy, {blocks, cuda::detail::router_threads, tile.bytes<A>()},
-                 cuda::detail::router_forward<A>, arguments);
+                 cuda::detail::router_forward<A, 0>, arguments);
   }
 
   template <class A>

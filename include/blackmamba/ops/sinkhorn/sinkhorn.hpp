@@ -100,9 +100,9 @@ struct sinkhorn {
   static constexpr std::int64_t state_size(std::int64_t experts) {
     return (experts <= newton_experts ? experts * experts : 0) + 9 * experts;
   }
-  /// Newton's step needs no more than a sample of the rows: the stride at which a sweep over their pairs costs about as
-  /// much as one over the rows, as long as enough are left for the step to be good. With 128 E rows it still divides the
-  /// error by ten and more.
+  /// Newton's step needs no more than a sample of the rows: the stride at which a sweep over their pairs costs about
+  /// as much as one over the rows, as long as enough are left for the step to be good. With 128 E rows it still
+  /// divides the error by ten and more.
   static constexpr std::int64_t sample_stride(std::int64_t rows, std::int64_t experts) {
     std::int64_t const most = rows / (128 * experts);
     return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;

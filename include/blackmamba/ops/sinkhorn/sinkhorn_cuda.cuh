@@ -38,33 +38,32 @@ struct backend<sinkhorn, device::cuda> {
         .pairs = space.pairs.data(),
         .state = space.state.data()};
     if constexpr (std::is_same_v<A, float>)
-      if (sound && experts <= cuda::detail::sinkhorn_resident::experts)
-        return resident(policy, arguments, cuda::rows_in_packs<4>(logits) && experts == 8);
+      if (sound && experts <= cuda::detail::sinkhorn_resident::experts &&
+          resident(policy, arguments, cuda::rows_in_packs<4>(logits) && experts == 8))
+        return;
     general(policy, arguments);
   }
 
  private:
-  static void resident(device::cuda const& policy, cuda::detail::sinkhorn_arguments<float> const& arguments,
-                       bool packs) {
+  /// Whether all rows fit in registers and shared memory; else nothing is done.
+  template <class A>  // float: a template, so that who does not call it does not compile it
+  static bool resident(device::cuda const& policy, cuda::detail::sinkhorn_arguments<A> const& arguments, bool packs) {
     using as = cuda::detail::sinkhorn_resident;
     auto const& device = cuda::properties();
     std::int64_t const rows = arguments.rows;
-    std::int64_t const blocks =
-        rows <= as::rows_of_one_block
-            ? 1
-            : std::min<std::int64_t>({sinkhorn::chunks(rows), device.multiprocessors, as::most_blocks});
+    std::int64_t const most_blocks = std::min(device.multiprocessors, as::most_blocks);
+    std::int64_t const blocks = rows <= as::rows_of_one_block ? 1 : std::min(sinkhorn::chunks(rows), most_blocks);
     std::int64_t const each = (rows + blocks * as::threads - 1) / (blocks * as::threads);
-    std::int64_t const room =
-        (device.shared_bytes_per_block - static_cast<int>(sizeof(cuda::detail::sinkhorn_resident_shared))) /
-        static_cast<std::int64_t>(as::bytes_of_shared_row);
-    std::int64_t const in_shared =
-        std::max<std::int64_t>(0, std::min({each - as::register_rows, room, std::int64_t{as::most_shared_rows}}));
-    cuda::grid shape{static_cast<unsigned>(blocks), as::threads,
-                     static_cast<std::size_t>(in_shared) * as::bytes_of_shared_row};
+    std::int64_t const in_shared = std::max<std::int64_t>(each - as::register_rows, 0);
+    std::size_t const bytes = static_cast<std::size_t>(in_shared) * as::bytes_of_shared_row;
+    if (bytes + sizeof(cuda::detail::sinkhorn_resident_shared) >
+        static_cast<std::size_t>(device.shared_bytes_per_block))
+      return false;
+    cuda::grid shape{static_cast<unsigned>(blocks), as::threads, bytes};
     shape.cooperative = blocks > 1;
-    cuda::launch("sinkhorn", policy, shape, cuda::detail::sinkhorn_resident_sound<0>,
-                 cuda::detail::sinkhorn_resident_arguments{arguments, static_cast<int>(each),
-                                                           static_cast<int>(in_shared), packs});
+    cuda::detail::sinkhorn_resident_arguments const all{arguments, static_cast<int>(each), packs};
+    cuda::launch("sinkhorn", policy, shape, cuda::detail::sinkhorn_resident_sound<0>, all);
+    return true;
   }
   template <class A>
   static void general(device::cuda const& policy, cuda::detail::sinkhorn_arguments<A> const& arguments) {

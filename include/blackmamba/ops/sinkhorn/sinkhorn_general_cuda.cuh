@@ -16,19 +16,18 @@ inline constexpr int sinkhorn_warps = 16;  // at most
 /// Numbers of a block in shared memory.
 template <class A>
 struct sinkhorn_shared {
-  double *columns, *s, *g, *marginal, *saved_g, *saved_marginal, *step, *merge;
-  A *base, *w, *previous, *d1, *tile;
+  double *columns, *g, *marginal, *saved_g, *saved_marginal, *step, *merge;
+  A *base, *w, *previous, *d1, *s, *tile;
 
   static constexpr int tile_rows = 32;
   static std::size_t bytes(std::int64_t experts, std::int64_t warps, bool newton) {
     auto const e = static_cast<std::size_t>(experts), all_warps = static_cast<std::size_t>(warps);
-    return sizeof(double) * (all_warps * e + (newton ? e * e : 0) + 5 * e + 2 * all_warps) +
-           sizeof(A) * (4 * e + (newton ? tile_rows * (e + 1) : 0));
+    return sizeof(double) * (all_warps * e + 5 * e + 2 * all_warps) +
+           sizeof(A) * (4 * e + (newton ? e * e + tile_rows * (e + 1) : 0));
   }
   __device__ sinkhorn_shared(unsigned char* memory, int e, int warps, bool newton) {
     columns = reinterpret_cast<double*>(memory);
-    s = columns + warps * e;
-    g = s + (newton ? e * e : 0);
+    g = columns + warps * e;
     marginal = g + e;
     saved_g = marginal + e;
     saved_marginal = saved_g + e;
@@ -38,7 +37,8 @@ struct sinkhorn_shared {
     w = base + e;
     previous = w + e;
     d1 = previous + e;
-    tile = d1 + e;
+    s = d1 + e;
+    tile = s + (newton ? e * e : 0);
   }
 };
 
@@ -102,20 +102,23 @@ class sinkhorn_general_sweeps {
     double* const columns = shared_.columns + warp_ * e_;
     for (int j = lane_; j < e_; j += 32) columns[j] = 0;
     __syncwarp();
-    constexpr int group = 4;  // rows of a thread side by side
+    constexpr int group = 2;  // rows of a thread side by side
     for (std::int64_t r = first_ + warp_ * 32 * group; r < last_; r += std::int64_t{threads_} * group) {
       A d[group], k[group];
       std::int64_t const row = r + lane_;
 #pragma unroll
       for (int u = 0; u < group; ++u) d[u] = 0;
-      if (w)
+      if (w) {
+#pragma unroll 4
         for (int j = 0; j < e_; ++j) {
           load(k, j, row);
 #pragma unroll
           for (int u = 0; u < group; ++u) d[u] = math::fma(k[u], w[j], d[u]);
         }
+      }
 #pragma unroll
       for (int u = 0; u < group; ++u) d[u] = w ? math::sinkhorn_scale(d[u], mass, epsilon) : A(1);
+#pragma unroll 4
       for (int j = 0; j < e_; ++j) {
         load(k, j, row);
         A sum = 0;
@@ -171,46 +174,55 @@ class sinkhorn_general_sweeps {
     for (int at = static_cast<int>(blockIdx.x) * threads_ + thread_; at < count;
          at += static_cast<int>(gridDim.x) * threads_) {
       double total = 0;
+#pragma unroll 8
       for (unsigned b = 0; b < gridDim.x; ++b) total += p_.pairs[std::int64_t{b} * count + at];
       p_.state[at] = total * factor;
     }
     sinkhorn_barrier();
     for (int i = thread_; i < e_ * e_; i += threads_) {
       int const j = i / e_, k = i % e_;
-      if (j < k) shared_.s[i] = p_.state[j * (2 * e_ - j - 1) / 2 + k - j - 1];
+      if (j < k) shared_.s[i] = static_cast<A>(p_.state[j * (2 * e_ - j - 1) / 2 + k - j - 1]);
     }
     __syncthreads();
   }
-  /// math::sinkhorn_newton_step by a block: shared s and step.
+  /// math::sinkhorn_newton_step by a block: shared s and step. In A: nothing is subtracted, so that its rounding stays
+  /// a relative one.
   __device__ bool newton_step() {
-    double *const s = shared_.s, *const d = shared_.step;
+    A* const s = shared_.s;
+    A const least = sizeof(A) == 4 ? A(1e-30) : A(1e-300);
     for (int k = 0; k + 1 < e_; ++k) {
-      double degree = 0;
+      A degree = 0;
       for (int j = k + 1 + lane_; j < e_; j += 32) degree += s[k * e_ + j];
       degree = warp_sum(degree);
-      if (!(degree > 1e-300)) return false;
-      int const n = e_ - k - 1;
-      if (thread_ == 0) s[k * e_ + k] = degree;
-      for (int i = thread_; i < n * n; i += threads_) {
-        int const row = k + 1 + i / n, column = k + 1 + i % n;
-        double const share = s[k * e_ + row] / degree;
-        if (column > row) s[row * e_ + column] += share * s[k * e_ + column];
-        if (column == row) d[row] += share * d[k];
+      if (!(degree > least)) return false;
+      A const inverse = 1 / degree;
+      if (thread_ == 0) s[k * e_ + k] = inverse;
+      for (int j = k + 1 + warp_; j < e_; j += warps_) {
+        A const share = s[k * e_ + j] * inverse;
+        if (lane_ == 0) shared_.step[j] += static_cast<double>(share) * shared_.step[k];
+        for (int i = j + 1 + lane_; i < e_; i += 32) s[j * e_ + i] = math::fma(share, s[k * e_ + i], s[j * e_ + i]);
       }
       __syncthreads();
     }
-    if (thread_ == 0 && e_ > 0) d[e_ - 1] = 0;
-    __syncthreads();
+    // Back: every warp solves all of it, column after column; a lane has two unknowns.
+    A low = lane_ < e_ ? static_cast<A>(shared_.step[lane_]) : A(0);
+    A high = lane_ + 32 < e_ ? static_cast<A>(shared_.step[lane_ + 32]) : A(0);
+    A solution_low = 0, solution_high = 0;
+    bool solved = true;
     for (int k = e_ - 2; k >= 0; --k) {
-      double sum = 0;
-      for (int j = k + 1 + lane_; j < e_; j += 32) sum += s[k * e_ + j] * d[j];
-      double const solution = (warp_sum(sum) + d[k]) / s[k * e_ + k];
-      if (!(math::abs(solution) < 1e300)) return false;
-      __syncthreads();
-      if (thread_ == 0) d[k] = solution;
-      __syncthreads();
+      A const solution = __shfl_sync(0xffffffffu, k < 32 ? low : high, k % 32) * s[k * e_ + k];
+      solved = solved && math::abs(solution) * least < 1;
+      if (k % 32 == lane_) (k < 32 ? solution_low : solution_high) = solution;
+      if (lane_ < k) low = math::fma(s[lane_ * e_ + k], solution, low);
+      if (lane_ + 32 < k) high = math::fma(s[(lane_ + 32) * e_ + k], solution, high);
     }
-    return true;
+    __syncthreads();
+    if (warp_ == 0) {
+      if (lane_ < e_) shared_.step[lane_] = static_cast<double>(solution_low);
+      if (lane_ + 32 < e_) shared_.step[lane_ + 32] = static_cast<double>(solution_high);
+    }
+    __syncthreads();
+    return solved;
   }
   /// log c_j of the offset g.
   __device__ void log_sweep(double const* g, double* log_marginal) {

@@ -87,8 +87,9 @@ BLACKMAMBA_HD inline bool sinkhorn_newton_step(std::int64_t n, double* s, double
 /// that reach + log(1 + range - reach) of the range. Third derivatives of a log-sum-exp are bounded by the range of a
 /// step times its second derivatives (Bach, "Self-concordant analysis for logistic regression", 2010, section 2):
 /// with reach 0 this is the damping at which Newton's method rises from any start.
-BLACKMAMBA_HD inline double sinkhorn_damping(double range, double reach) {
-  return range > reach ? (reach + log1p(range - reach)) / range : 1.0;
+template <class T>
+BLACKMAMBA_HD T sinkhorn_damping(T range, T reach) {
+  return range > reach ? (reach + log1p(range - reach)) / range : T(1);
 }
 /// The same for the step d of n offsets.
 BLACKMAMBA_HD inline double sinkhorn_damping(std::int64_t n, double const* d, double reach) {
@@ -100,6 +101,8 @@ BLACKMAMBA_HD inline double sinkhorn_damping(std::int64_t n, double const* d, do
   return sinkhorn_damping(high - low, reach);
 }
 
+enum class sinkhorn_action { stop, stop_at_saved, fixed_point, fixed_point_from_saved, newton };
+
 /// What the iteration does next, told from the error that a sweep has found.
 ///
 /// Fixed-point steps lead from a cold start into the neighbourhood of the solution; Newton's step is tried once the
@@ -108,24 +111,25 @@ BLACKMAMBA_HD inline double sinkhorn_damping(std::int64_t n, double const* d, do
 /// taken back, and the fixed-point step is made from where it started; from then on Newton's steps are fully damped.
 /// Those may raise the error for a while (what they raise is the dual) but not tenfold: a trial that does is taken
 /// back too, and the next one waits until the error has halved.
-struct sinkhorn_progress {
-  enum class action { stop, stop_at_saved, fixed_point, fixed_point_from_saved, newton };
+template <class T>
+struct basic_sinkhorn_progress {
+  using action = sinkhorn_action;
 
-  double tolerance;              ///< stop at this error; negative: never
-  std::int32_t limit;            ///< stop after so many steps
-  double newton_below = 0.5;     ///< Newton's step is tried below this error; 0: never
-  double reach = 2;              ///< see sinkhorn_damping; 0: fully damped
+  T tolerance;              ///< stop at this error; negative: never
+  std::int32_t limit;       ///< stop after so many steps
+  T newton_below = T(0.5);  ///< Newton's step is tried below this error; 0: never
+  T reach = T(2);           ///< see sinkhorn_damping; 0: fully damped
   std::int32_t passes = 0;
-  double saved_error = INFINITY;  ///< of the offset that the trial started from
-  double last_error = INFINITY;
+  T saved_error = T(INFINITY);  ///< of the offset that the trial started from
+  T last_error = T(INFINITY);
   bool trial = false;
 
-  BLACKMAMBA_HD action next(double error) {
+  BLACKMAMBA_HD action next(T error) {
     bool const worse = trial && !(error < (reach > 0 ? saved_error : 10 * saved_error));
     if (worse) refuse_newton();
-    if (!worse && !trial && newton_below > 0 && error > 0.9 * last_error) {
+    if (!worse && !trial && newton_below > 0 && error > T(0.9) * last_error) {
       reach = 0;
-      newton_below = INFINITY;
+      newton_below = T(INFINITY);
     }
     trial = false;
     last_error = worse ? saved_error : error;
@@ -146,6 +150,7 @@ struct sinkhorn_progress {
       newton_below = saved_error / 2;
   }
 };
+using sinkhorn_progress = basic_sinkhorn_progress<double>;
 
 }  // namespace blackmamba::math
 

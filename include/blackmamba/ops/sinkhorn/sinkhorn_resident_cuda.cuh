@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <utility>
 
-/// Sound mode for at most 8 experts in float: K stays in registers and shared memory from the first sweep to the last
-/// (beyond about a million rows the rest lies in memory). One launch; instantiated once.
+/// Sound mode for at most 8 experts in float, up to about a million rows: K stays in registers and shared memory from
+/// the first sweep to the last. One launch; instantiated once.
 ///
 /// Floors of a pass over M rows: 20 instructions a row (36 more for Newton's pairs, on a sample of the rows), and the
 /// way of the partial sums from every block to every block. That way costs no grid barrier: a sum travels together with
@@ -21,7 +21,6 @@ struct sinkhorn_resident {
   static constexpr int sums = experts + 1 + pairs;  // columns, rows without a vote, pairs
   static constexpr int threads = 512, warps = threads / 32;
   static constexpr int register_rows = 4;  // of a thread; the next ones are in shared memory
-  static constexpr int most_shared_rows = 12;
   static constexpr int batch = 4;          // rows that are loaded side by side
   static constexpr int most_blocks = 160;  // five words for each lane of the warp that reads a sum
   static constexpr std::int64_t rows_of_one_block = 2048;
@@ -30,93 +29,98 @@ struct sinkhorn_resident {
 
 struct sinkhorn_resident_arguments {
   sinkhorn_arguments<float> of;
-  int rows_per_thread, shared_rows;
+  int rows_per_thread;
   bool packs;  // a row of logits is two packs of four
 };
 
+/// 1 / x for normal x.
 __device__ __forceinline__ float sinkhorn_reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-/// 1 / x for normal x > 0.
-__device__ __forceinline__ double sinkhorn_reciprocal(double x) {
-  double y;
-  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
-  y = fma(fma(-x, y, 1.0), y, y);
-  return fma(fma(-x, y, 1.0), y, y);
-}
-
-/// Sums N values, a power of two, over the 32 lanes of a warp: lane l ends with the sum of value l N / 32.
-template <int N>
-__device__ __forceinline__ float sinkhorn_scatter_sum(float (&v)[N], int lane) {
-  int distance = 16;
+/// Sums N values, a power of two, over the 32 lanes of a warp: lane l ends with the sum of value l N / 32. Every step
+/// halves the values of a lane and the lanes of a value.
+template <int N, int Distance = 16>
+__device__ __forceinline__ float sinkhorn_scatter_sum(float const (&v)[N], int lane) {
+  if constexpr (Distance == 0) {
+    return v[0];
+  } else if constexpr (N == 1) {
+    float const sum[1] = {v[0] + __shfl_xor_sync(0xffffffffu, v[0], Distance)};
+    return sinkhorn_scatter_sum<1, Distance / 2>(sum, lane);
+  } else {
+    bool const upper = lane & Distance;
+    float half[N / 2];
 #pragma unroll
-  for (int n = N / 2; n > 0; n /= 2, distance /= 2) {
-    bool const upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      float const sent = upper ? v[i] : v[i + n];
-      v[i] = (upper ? v[i + n] : v[i]) + __shfl_xor_sync(0xffffffffu, sent, distance);
+    for (int i = 0; i < N / 2; ++i) {
+      float const sent = upper ? v[i] : v[i + N / 2];
+      half[i] = (upper ? v[i + N / 2] : v[i]) + __shfl_xor_sync(0xffffffffu, sent, Distance);
     }
+    return sinkhorn_scatter_sum<N / 2, Distance / 2>(half, lane);
   }
-  float sum = v[0];
-  for (; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-  return sum;
 }
 
-/// math::sinkhorn_newton_step for n <= 8, in registers. pair(j, k) gives s_jk, d(j) the right-hand side.
+/// math::sinkhorn_newton_step for n <= 8, in registers and in float: nothing is subtracted, so that its rounding stays
+/// a relative one. pair(j, k) gives s_jk, d the right-hand side.
 template <class Pair>
-__device__ __forceinline__ bool sinkhorn_newton_in_registers(int n, Pair&& pair, double (&d)[8]) {
-  double s[8][8], inverse[8];
+__device__ __forceinline__ bool sinkhorn_newton_in_registers(int n, Pair&& pair, float (&d)[8]) {
+  float s[8][8], inverse[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j)
 #pragma unroll
-    for (int k = j + 1; k < 8; ++k) s[j][k] = k < n ? pair(j, k) : 0.0;
+    for (int k = 0; k < 8; ++k) s[j][k] = k > j && k < n ? pair(j, k) : 0.0f;
   bool solved = true;
 #pragma unroll
   for (int k = 0; k < 7; ++k) {
-    if (k + 1 >= n) break;
-    double degree = 0;
-#pragma unroll
-    for (int j = k + 1; j < 8; ++j) degree += s[k][j];
-    solved = solved && degree > 1e-300;
-    inverse[k] = sinkhorn_reciprocal(degree);
+    float const degree = ((s[k][1] + s[k][2]) + (s[k][3] + s[k][4])) + ((s[k][5] + s[k][6]) + s[k][7]);
+    bool const used = k + 1 < n;
+    solved = solved && (!used || degree > 1e-30f);
+    inverse[k] = used ? sinkhorn_reciprocal(degree) : 0.0f;
 #pragma unroll
     for (int j = k + 1; j < 8; ++j) {
-      double const share = s[k][j] * inverse[k];
-      d[j] = fma(share, d[k], d[j]);
+      float const share = s[k][j] * inverse[k];
+      d[j] = math::fma(share, d[k], d[j]);
 #pragma unroll
-      for (int i = j + 1; i < 8; ++i) s[j][i] = fma(share, s[k][i], s[j][i]);
+      for (int i = j + 1; i < 8; ++i) s[j][i] = math::fma(share, s[k][i], s[j][i]);
     }
   }
 #pragma unroll
   for (int k = 7; k >= 0; --k) {
-    if (k >= n - 1) {
-      d[k] = 0;
-      continue;
-    }
-    double sum = d[k];
+    float sum = d[k];
 #pragma unroll
-    for (int j = k + 1; j < 8; ++j) sum = fma(s[k][j], d[j], sum);
-    d[k] = sum * inverse[k];
-    solved = solved && math::abs(d[k]) < 1e300;
+    for (int j = k + 1; j < 8; ++j) sum = math::fma(s[k][j], d[j], sum);
+    d[k] = k + 1 < n ? sum * inverse[k] : 0.0f;
+    solved = solved && math::abs(d[k]) < 1e30f;
   }
   return solved;
 }
+
+/// What all threads do next; a new base is followed by a sweep.
+enum sinkhorn_command { sinkhorn_stop, sinkhorn_sweep, sinkhorn_rebase, sinkhorn_log };
+
+/// What the first warp keeps from one sweep to the next, for each lane; not in registers, which the rows need.
+struct sinkhorn_resident_state {
+  math::basic_sinkhorn_progress<float> progress{};
+  math::sinkhorn_action next{};
+  int stride = 1, swept_stride = 1;
+  bool pairs = false, waiting = false;  // whether the sweep has pairs; whether Newton's step waits for them
+  float g = 0, base = 0, saved_g = 0, marginal = 0, saved_marginal = 0, error = 0;
+  float per_voter = 0;  // 0 before the first sweep
+};
 
 /// Shared memory besides the rows.
 struct sinkhorn_resident_shared {
   using as = sinkhorn_resident;
   float part[as::sums][as::warps + 1];
-  double sums[as::sums];
+  float sums[as::sums];
   double g[as::experts], log_marginal[as::experts], merge[2 * as::warps];
   float base[as::experts], w[as::experts];
-  int command, stride;
+  sinkhorn_command command;
+  bool pairs;
+  int stride;
+  sinkhorn_resident_state states[32];
+  static_assert(sizeof(sinkhorn_resident_state) / 4 % 2 == 1, "odd: lanes spread over the banks");
 };
-
-/// What all threads do next.
-enum sinkhorn_command { sinkhorn_stop, sinkhorn_sweep, sinkhorn_pair_sweep, sinkhorn_rebase, sinkhorn_log };
 
 /// The rows of a thread and the sweeps over them.
 class sinkhorn_resident_rows {
@@ -144,35 +148,26 @@ class sinkhorn_resident_rows {
   __device__ __forceinline__ void clear_words() {
     for (int i = thread_; i < 2 * as::sums; i += as::threads) words_[std::int64_t{i} * gridDim.x + blockIdx.x] = 0;
   }
-  /// K_ij = e^(beta (x_ij - max_j x_ij) + base_j - m_i) with m_i such that the largest K of a row is 1. Returns how many
-  /// of the thread's rows have no vote.
+  /// Brings in the logits of the rows that stay in registers; build follows.
+  __device__ __forceinline__ void load_ahead() {
+#pragma unroll
+    for (int r = 0; r < as::register_rows; ++r) load(r, kernel_[r]);
+  }
+  /// K_ij = e^(beta (x_ij - max_j x_ij) + base_j - m_i) with m_i such that the largest K of a row is 1. Returns how
+  /// many of the thread's rows have no vote.
   __device__ __forceinline__ int build() {
     float base[as::experts];
 #pragma unroll
     for (int j = 0; j < as::experts; ++j) base[j] = shared_.base[j];
-    int refused = 0;
-    for (int r = 0; r < p_.rows_per_thread; r += as::batch) {
+    int refused = build_rows(0, kernel_, base);
+    for (int r = as::register_rows; r < p_.rows_per_thread; r += as::batch) {
       float k[as::batch][as::experts];
 #pragma unroll
       for (int b = 0; b < as::batch; ++b) load(r + b, k[b]);
+      refused += build_rows(r, k, base);
 #pragma unroll
-      for (int b = 0; b < as::batch; ++b) {
-        bool const here = r + b < p_.rows_per_thread && row(r + b) < p_.of.rows;
-        bool const votes = here && build_row(k[b], base);
-        refused += here && !votes ? 1 : 0;
-#pragma unroll
-        for (int j = 0; j < as::experts; ++j) k[b][j] = votes ? k[b][j] : 0.0f;
-      }
-      if (r == 0) {
-#pragma unroll
-        for (int b = 0; b < as::batch; ++b)
-#pragma unroll
-          for (int j = 0; j < as::experts; ++j) kernel_[b][j] = k[b][j];
-      } else {
-#pragma unroll
-        for (int b = 0; b < as::batch; ++b)
-          if (r + b < p_.rows_per_thread) store(r + b, k[b]);
-      }
+      for (int b = 0; b < as::batch; ++b)
+        if (r + b < p_.rows_per_thread) store(r + b, k[b]);
     }
     return refused;
   }
@@ -253,6 +248,21 @@ class sinkhorn_resident_rows {
         if (j < p_.of.experts) x[j] = from[j];
     }
   }
+  /// Turns the logits of rows from r on into K; returns how many of them have no vote.
+  template <int Rows>
+  __device__ __forceinline__ int build_rows(int r, float (&k)[Rows][as::experts],
+                                            float const (&base)[as::experts]) const {
+    int refused = 0;
+#pragma unroll
+    for (int b = 0; b < Rows; ++b) {
+      bool const here = r + b < p_.rows_per_thread && row(r + b) < p_.of.rows;
+      bool const votes = here && build_row(k[b], base);
+      refused += here && !votes ? 1 : 0;
+#pragma unroll
+      for (int j = 0; j < as::experts; ++j) k[b][j] = votes ? k[b][j] : 0.0f;
+    }
+    return refused;
+  }
   /// Turns logits into K; returns whether the row has a vote.
   __device__ __forceinline__ bool build_row(float (&x)[as::experts], float const (&base)[as::experts]) const {
     float test = 0, largest = -INFINITY, shift = -INFINITY;
@@ -275,21 +285,9 @@ class sinkhorn_resident_rows {
   __device__ __forceinline__ float4* in_shared(int r, int half) const {
     return rows_ + ((r - as::register_rows) * 2 + half) * as::threads + thread_;
   }
-  __device__ __forceinline__ float* in_memory(int r, int j) const {
-    std::int64_t const threads = std::int64_t{gridDim.x} * as::threads;
-    float* const rest = reinterpret_cast<float*>(words_ + std::int64_t{2} * as::sums * gridDim.x);
-    return rest + (std::int64_t{r - as::register_rows - p_.shared_rows} * p_.of.experts + j) * threads +
-           std::int64_t{blockIdx.x} * as::threads + thread_;
-  }
   __device__ __forceinline__ void store(int r, float const (&k)[as::experts]) const {
-    if (r < as::register_rows + p_.shared_rows) {
-      *in_shared(r, 0) = make_float4(k[0], k[1], k[2], k[3]);
-      *in_shared(r, 1) = make_float4(k[4], k[5], k[6], k[7]);
-    } else {
-#pragma unroll
-      for (int j = 0; j < as::experts; ++j)
-        if (j < p_.of.experts) *in_memory(r, j) = k[j];
-    }
+    *in_shared(r, 0) = make_float4(k[0], k[1], k[2], k[3]);
+    *in_shared(r, 1) = make_float4(k[4], k[5], k[6], k[7]);
   }
   /// Calls body(K of a row, number of the row).
   template <class Body>
@@ -297,17 +295,10 @@ class sinkhorn_resident_rows {
 #pragma unroll
     for (int r = 0; r < as::register_rows; ++r)
       if (r < p_.rows_per_thread) body(kernel_[r], r);
-    int const shared_end = min(p_.rows_per_thread, as::register_rows + p_.shared_rows);
 #pragma unroll 2
-    for (int r = as::register_rows; r < shared_end; ++r) {
+    for (int r = as::register_rows; r < p_.rows_per_thread; ++r) {
       float4 const low = *in_shared(r, 0), high = *in_shared(r, 1);
       float const k[as::experts] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      body(k, r);
-    }
-    for (int r = as::register_rows + p_.shared_rows; r < p_.rows_per_thread; ++r) {
-      float k[as::experts];
-#pragma unroll
-      for (int j = 0; j < as::experts; ++j) k[j] = j < p_.of.experts ? *in_memory(r, j) : 0.0f;
       body(k, r);
     }
   }
@@ -335,7 +326,7 @@ class sinkhorn_resident_rows {
 #pragma unroll
         for (int v = 0; v < n; ++v) sum[v] += sum[v + n];
       if (gridDim.x == 1)
-        shared_.sums[thread_] = static_cast<double>(sum[0]);
+        shared_.sums[thread_] = sum[0];
       else
         asm volatile(
             "st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(words + std::int64_t{thread_} * gridDim.x + blockIdx.x),
@@ -371,9 +362,9 @@ class sinkhorn_resident_rows {
       for (int q = 0; q < own; ++q) {
         int const v = warp_ + as::warps * q;
         if (v >= count) break;
-        double sum = 0;
+        float sum = 0;
 #pragma unroll
-        for (int i = 0; i < reads; ++i) sum += static_cast<double>(__uint_as_float(static_cast<unsigned>(word[q][i])));
+        for (int i = 0; i < reads; ++i) sum += __uint_as_float(static_cast<unsigned>(word[q][i]));
         sum = warp_sum(sum);
         if (lane_ == 0) shared_.sums[v] = sum;
       }
@@ -394,94 +385,97 @@ class sinkhorn_resident_rows {
 /// What the first warp decides between sweeps. Lane l stands for expert l % 8.
 class sinkhorn_resident_control {
   using as = sinkhorn_resident;
-  using action = math::sinkhorn_progress::action;
+  using action = math::sinkhorn_action;
+  using state = sinkhorn_resident_state;
 
  public:
   __device__ __forceinline__ sinkhorn_resident_control(sinkhorn_arguments<float> const& p,
                                                        sinkhorn_resident_shared& shared)
-      : p_(p), shared_(shared), j_(static_cast<int>(threadIdx.x % as::experts)), real_(j_ < p.experts) {
-    progress_.tolerance = p.fixed ? -1.0 : p.tolerance;
-    progress_.limit = p.limit;
-    if (!p.newton) progress_.newton_below = 0;
-    stride_ = static_cast<int>(p.sample_stride);
-  }
+      : p_(p), shared_(shared), j_(static_cast<int>(threadIdx.x % as::experts)), real_(j_ < p.experts) {}
 
   __device__ __forceinline__ void start() {
+    s_ = state{};
+    s_.progress.tolerance = p_.fixed ? -1.0f : static_cast<float>(p_.tolerance);
+    s_.progress.limit = p_.limit;
+    if (!p_.newton) s_.progress.newton_below = 0;
+    s_.stride = static_cast<int>(p_.sample_stride);
     float const x = real_ ? p_.offset[j_] : 0.0f;
-    bool const warm = __all_sync(0xffffffffu, isfinite(x));
-    g_ = warm ? static_cast<double>(x) : 0.0;
+    s_.g = __all_sync(0xffffffffu, isfinite(x)) ? x : 0.0f;
     normalise();
     rebase();
     // A cold start is too far from the solution for Newton's step.
-    pairs_ = p_.newton && smallest(real_ ? g_ : 0.0) < 0;
-    publish(sinkhorn_sweep);
+    s_.pairs = p_.newton && smallest(real_ ? s_.g : 0.0f) < 0;
+    publish(sinkhorn_rebase);
   }
   /// After a sweep.
   __device__ __forceinline__ void decide() {
-    if (!begun_) voters_ = static_cast<double>(p_.rows) - shared_.sums[as::experts];
-    begun_ = true;
-    if (!(voters_ > 0)) return stop(0);
-    bool const waited = waiting_;  // for the pairs: the step is decided already
-    if (!waited) {
-      marginal_ = shared_.sums[j_] / voters_;
-      error_ = largest(real_ ? math::sinkhorn_error(marginal_, p_.experts) : 0.0);
-      if (!p_.fixed) progress_.tolerance = math::max(p_.tolerance, 8 * 0x1p-23 * (1 - smallest(real_ ? g_ : 0.0)));
-      if (progress_.trial && !(error_ < progress_.saved_error / 4)) stride_ = 1;
-      next_ = progress_.next(error_);
-      if (progress_.reach == 0) stride_ = 1;
-      if (next_ == action::stop) return stop(error_);
-      if (next_ == action::stop_at_saved || next_ == action::fixed_point_from_saved) {
-        g_ = saved_g_;
-        marginal_ = saved_marginal_;
-        error_ = progress_.saved_error;
-        if (next_ == action::stop_at_saved) {
+    s_ = shared_.states[threadIdx.x];
+    if (s_.per_voter == 0) {  // the first
+      float const voters = static_cast<float>(p_.rows) - shared_.sums[as::experts];
+      if (!(voters > 0)) return stop(0);
+      s_.per_voter = 1 / voters;
+    }
+    if (!s_.waiting) {
+      s_.marginal = shared_.sums[j_] * s_.per_voter;
+      s_.error = largest(real_ ? math::sinkhorn_error(s_.marginal, p_.experts) : 0.0);
+      if (!p_.fixed) s_.progress.tolerance = math::max(p_.tolerance, 8 * 0x1p-23 * (1 - smallest(real_ ? s_.g : 0.0)));
+      if (s_.progress.trial && !(s_.error < s_.progress.saved_error / 4)) s_.stride = 1;
+      s_.next = s_.progress.next(s_.error);
+      if (s_.progress.reach == 0) s_.stride = 1;
+      if (s_.next == action::stop) return stop(s_.error);
+      if (s_.next == action::stop_at_saved || s_.next == action::fixed_point_from_saved) {
+        s_.g = s_.saved_g;
+        s_.marginal = s_.saved_marginal;
+        s_.error = s_.progress.saved_error;
+        if (s_.next == action::stop_at_saved) {
           weigh();
-          return stop(error_);
+          return stop(s_.error);
         }
-        next_ = action::fixed_point;
+        s_.next = action::fixed_point;
       }
     }
-    waiting_ = false;
-    if (next_ == action::newton) {
-      if (!pairs_ || swept_stride_ != stride_) {
-        pairs_ = waiting_ = true;
+    s_.waiting = false;
+    if (s_.next == action::newton) {
+      if (!s_.pairs || s_.swept_stride != s_.stride) {  // the step waits for a sweep over the pairs
+        s_.pairs = s_.waiting = true;
         return publish(sinkhorn_sweep);
       }
-      saved_g_ = g_;
-      saved_marginal_ = marginal_;
+      s_.saved_g = s_.g;
+      s_.saved_marginal = s_.marginal;
       if (!newton()) {
-        progress_.refuse_newton();
-        next_ = action::fixed_point;
+        s_.progress.refuse_newton();
+        s_.next = action::fixed_point;
       }
     }
-    if (next_ == action::fixed_point) {
+    if (s_.next == action::fixed_point) {
       // An expert that all rows shun by far has lost its marginal to underflow: take the logarithm's way once.
-      if (smallest(real_ ? marginal_ : 1.0) < 1e-17) {
-        if (threadIdx.x < as::experts) shared_.g[j_] = g_;
+      if (smallest(real_ ? s_.marginal : 1.0f) < 1e-17f) {
+        if (threadIdx.x < as::experts) shared_.g[j_] = static_cast<double>(s_.g);
         return publish(sinkhorn_log);
       }
       // Of E c, near 1, single precision has the logarithm to better than the rounding of g.
-      g_ -= static_cast<double>(logf(static_cast<float>(marginal_ * p_.experts)));
+      if (real_) s_.g -= math::log(s_.marginal * static_cast<float>(p_.experts));
     }
     go_on();
   }
   /// After a sweep in logarithms.
   __device__ __forceinline__ void continue_from_log() {
-    g_ += real_ ? math::sinkhorn_column_step(shared_.log_marginal[j_], p_.experts) : 0.0;
+    s_ = shared_.states[threadIdx.x];
+    if (real_)
+      s_.g = static_cast<float>(shared_.g[j_] + math::sinkhorn_column_step(shared_.log_marginal[j_], p_.experts));
     go_on();
   }
-  __device__ __forceinline__ double voters() const { return voters_; }
 
  private:
   template <class F>
-  __device__ __forceinline__ static double over_experts(double x, F&& combine) {
+  __device__ __forceinline__ static float over_experts(float x, F&& combine) {
     return warp_reduce<as::experts>(x, combine);
   }
-  __device__ __forceinline__ static double smallest(double x) {
-    return over_experts(x, [](double a, double b) { return a < b ? a : b; });
+  __device__ __forceinline__ static float smallest(float x) {
+    return over_experts(x, [](float a, float b) { return math::min(a, b); });
   }
-  __device__ __forceinline__ static double largest(double x) {
-    return over_experts(x, [](double a, double b) { return a > b ? a : b; });
+  __device__ __forceinline__ static float largest(float x) {
+    return over_experts(x, [](float a, float b) { return math::max(a, b); });
   }
 
   /// The offsets have moved: weights for the next sweep, and what to look at in it.
@@ -491,74 +485,64 @@ class sinkhorn_resident_control {
     if (!near) rebase();
     // Newton's step needs the pairs if the next error is below newton_below and above the tolerance. A fixed-point step
     // takes about half of the error away, and Newton's more than nine tenths of it; a wrong guess costs a sweep.
-    double const guess = error_ * (next_ == action::newton ? 0.05 : 0.6);
-    pairs_ = guess < progress_.newton_below && (p_.fixed || guess > progress_.tolerance) &&
-             progress_.passes < progress_.limit;
+    float const guess = s_.error * (s_.next == action::newton ? 0.05f : 0.6f);
+    s_.pairs = guess < s_.progress.newton_below && (p_.fixed || guess > s_.progress.tolerance) &&
+               s_.progress.passes < s_.progress.limit;
     publish(near ? sinkhorn_sweep : sinkhorn_rebase);
   }
   __device__ __forceinline__ bool newton() {
-    double const factor = static_cast<double>(stride_) / voters_;
-    double d[as::experts];
-    double const b = real_ ? 1 / static_cast<double>(p_.experts) - marginal_ : 0.0;
+    float const factor = static_cast<float>(s_.stride) * s_.per_voter;
+    float d[as::experts];
+    float const b = real_ ? 1 / static_cast<float>(p_.experts) - s_.marginal : 0.0f;
 #pragma unroll
     for (int k = 0; k < as::experts; ++k) d[k] = __shfl_sync(0xffffffffu, b, k);
-    double const* const pairs = shared_.sums + as::experts + 1;
+    float const* const pairs = shared_.sums + as::experts + 1;
     bool const solved = sinkhorn_newton_in_registers(
         p_.experts, [&](int j, int k) { return pairs[j * (2 * as::experts - j - 1) / 2 + k - j - 1] * factor; }, d);
     if (!solved) return false;
-    double step = 0;
+    float step = 0;
 #pragma unroll
     for (int k = 0; k < as::experts; ++k) step = k == j_ ? d[k] : step;
-    double const range = largest(math::max(step, 0.0)) - smallest(math::min(step, 0.0));
-    g_ += math::sinkhorn_damping(range, progress_.reach) * step;
+    float const range = largest(math::max(step, 0.0f)) - smallest(math::min(step, 0.0f));
+    s_.g += math::sinkhorn_damping(range, s_.progress.reach) * step;
     return true;
   }
-  __device__ __forceinline__ void normalise() {
-    double const top = largest(real_ ? g_ : -INFINITY);
-    g_ = static_cast<double>(static_cast<float>(g_ - top));
-  }
+  __device__ __forceinline__ void normalise() { s_.g -= largest(real_ ? s_.g : -INFINITY); }
   __device__ __forceinline__ void rebase() {
-    base_ = g_;
+    s_.base = s_.g;
     if (threadIdx.x < as::experts) {
-      shared_.base[j_] = static_cast<float>(g_);
+      shared_.base[j_] = s_.g;
       shared_.w[j_] = 1;
     }
   }
   /// w = e^(g - base). Returns whether g is near enough to the base.
   __device__ __forceinline__ bool weigh() {
-    float const moved = real_ ? static_cast<float>(g_ - base_) : 0.0f;
+    float const moved = real_ ? s_.g - s_.base : 0.0f;
     if (threadIdx.x < as::experts) shared_.w[j_] = math::exp(moved);
     return __all_sync(0xffffffffu, math::abs(moved) < 30.0f);
   }
   __device__ __forceinline__ void publish(sinkhorn_command command) {
+    s_.swept_stride = s_.stride;
     if (threadIdx.x == 0) {
-      shared_.command = command == sinkhorn_sweep && pairs_ ? sinkhorn_pair_sweep : command;
-      shared_.stride = stride_;
+      shared_.command = command;
+      shared_.pairs = s_.pairs;
+      shared_.stride = s_.stride;
     }
-    if (command == sinkhorn_rebase) pairs_ = false;
-    swept_stride_ = stride_;
+    shared_.states[threadIdx.x] = s_;
   }
-  __device__ __forceinline__ void stop(double error) {
-    if (threadIdx.x == 0) {
-      shared_.command = sinkhorn_stop;
-      shared_.sums[0] = voters_;
-    }
+  __device__ __forceinline__ void stop(float error) {
+    float const refused = shared_.sums[as::experts];
+    if (threadIdx.x == 0) shared_.command = sinkhorn_stop;
     if (blockIdx.x != 0) return;
-    if (threadIdx.x < static_cast<unsigned>(p_.experts)) p_.offset[j_] = static_cast<float>(g_);
-    if (threadIdx.x == 0)
-      *p_.result = {progress_.passes, static_cast<std::int32_t>(static_cast<double>(p_.rows) - voters_),
-                    static_cast<float>(error)};
+    if (threadIdx.x < static_cast<unsigned>(p_.experts)) p_.offset[j_] = s_.g;
+    if (threadIdx.x == 0) *p_.result = {s_.progress.passes, static_cast<std::int32_t>(refused), error};
   }
 
   sinkhorn_arguments<float> const& p_;
   sinkhorn_resident_shared& shared_;
   int j_;
   bool real_;  // whether there is an expert j
-  math::sinkhorn_progress progress_{};
-  action next_ = action::stop;
-  bool begun_ = false, pairs_ = false, waiting_ = false;
-  int stride_ = 1, swept_stride_ = 1;
-  double g_ = 0, base_ = 0, saved_g_ = 0, marginal_ = 0, saved_marginal_ = 0, voters_ = 0, error_ = 0;
+  state s_;
 };
 
 template <int>
@@ -567,34 +551,36 @@ __global__ void __launch_bounds__(sinkhorn_resident::threads, 1)
   extern __shared__ __align__(16) unsigned char sinkhorn_memory[];
   __shared__ sinkhorn_resident_shared shared;
   sinkhorn_resident_rows rows(p, shared, reinterpret_cast<float4*>(sinkhorn_memory));
-  sinkhorn_resident_control control(p.of, shared);
   bool const decides = threadIdx.x < 32;
 
+  rows.load_ahead();
   if (gridDim.x > 1) rows.clear_words();
-  if (decides) control.start();
+  if (decides) sinkhorn_resident_control(p.of, shared).start();
   __syncthreads();
-  if (gridDim.x > 1) {
-    auto cleared = cooperative_groups::this_grid().barrier_arrive();
-    rows.tell_refused(rows.build());
-    cooperative_groups::this_grid().barrier_wait(std::move(cleared));
-  } else {
-    rows.tell_refused(rows.build());
-  }
-  while (shared.command != sinkhorn_stop) {
-    rows.sweep(shared.command == sinkhorn_pair_sweep, shared.stride);
-    if (decides) control.decide();
+  bool begun = false;
+  do {
+    if (shared.command == sinkhorn_rebase) {
+      unsigned cleared = 0;
+      if (gridDim.x > 1 && !begun) cleared = cooperative_groups::this_grid().barrier_arrive();
+      if (begun) rows.load_ahead();
+      rows.tell_refused(rows.build());
+      if (gridDim.x > 1 && !begun) cooperative_groups::this_grid().barrier_wait(std::move(cleared));
+      begun = true;
+    }
+    rows.sweep(shared.pairs, shared.stride);
+    if (decides) sinkhorn_resident_control(p.of, shared).decide();
     __syncthreads();
     if (shared.command == sinkhorn_log) {
-      sinkhorn_log_sweep(p.of, rows.first(), rows.last(), static_cast<double>(p.of.rows) - shared.sums[8], shared.g,
+      sinkhorn_log_sweep(p.of, rows.first(), rows.last(),
+                         static_cast<double>(p.of.rows - static_cast<std::int64_t>(shared.sums[8])), shared.g,
                          p.of.sums, shared.merge, shared.log_marginal);
-      if (decides) control.continue_from_log();
+      if (decides) sinkhorn_resident_control(p.of, shared).continue_from_log();
       __syncthreads();
     }
-    if (shared.command == sinkhorn_rebase) rows.build();
-  }
+  } while (shared.command != sinkhorn_stop);
   if (p.of.plan) {
-    double const voters = shared.sums[0];
-    rows.write_plan(voters > 0 ? 1.0f / static_cast<float>(voters) : 0.0f);
+    float const voters = static_cast<float>(p.of.rows) - shared.sums[8];
+    rows.write_plan(voters > 0 ? 1.0f / voters : 0.0f);
   }
 }
 
