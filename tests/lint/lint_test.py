@@ -56,6 +56,7 @@ BROKEN = [
     ("public_headers_only", "bench/ops/norm_bench.cpp", "#include <blackmamba/ops/norm/norm_cpu.hpp>\n"),
     ("stems_are_unique", "include/blackmamba/nn/norm.hpp", "#pragma once\n"),
     ("files_are_short", "tests/ops/norm_test.hpp", "\n" * 600),
+    ("files_are_short", "examples/01_norm.cpp", "\n" * 99),
     ("files_are_short", "include/blackmamba/nn/block.hpp", "//" + "x" * 119 + "\n"),
     ("headers_are_guarded", "include/blackmamba/nn/mixer.hpp", "struct x;\n"),
     ("headers_are_guarded", "include/blackmamba/nn/block.hpp", '#include "../core/config.hpp"\n'),
