@@ -13,10 +13,12 @@ namespace {
 /// Rows, scanned in each direction, with and without the element itself.
 template <class T, class Operator>
 void check_row_scans(golden& g, std::string const& name, Operator op) {
-  auto const x = input<T>(1, {2}, 2, 37), start = input<T>(2, {4}, 2);
+  auto const x = input<T>(1, {2}, 2, 37);
+  auto const start = input<T>(2, {4}, 2);
   for (bool const exclusive : {false, true})
     for (bool const reverse : {false, true}) {
-      auto y = result<T>(2, 37), total = result<T>(2);
+      auto y = result<T>(2, 37);
+      auto total = result<T>(2);
       associative_scan::forward(policy, op, x.as_view(), y.as_view(),
                                 {.exclusive = exclusive, .reverse = reverse, .initial = start, .total = total});
       std::string const kind = exclusive ? (reverse ? "exclusive_reverse" : "exclusive")
@@ -34,8 +36,10 @@ TEST_CASE_TEMPLATE("golden: associative_scan", T, double, float) {
   check_row_scans<T>(g, "maximum", scan_operator::maximum<T>{});
   check_row_scans<T>(g, "minimum", scan_operator::minimum<T>{});
   {
-    auto const x = input<T>(3, {1, 1}, 2, 9, 3), start = input<T>(4, {2}, 2, 3);
-    auto y = result<T>(2, 9, 3), total = result<T>(2, 3);
+    auto const x = input<T>(3, {1, 1}, 2, 9, 3);
+    auto const start = input<T>(4, {2}, 2, 3);
+    auto y = result<T>(2, 9, 3);
+    auto total = result<T>(2, 3);
     associative_scan::forward(policy, scan_operator::product<T>{}, x.as_view(), y.as_view(),
                               {.initial = start, .total = total});
     g.check("product.channels.y", y);
@@ -43,7 +47,8 @@ TEST_CASE_TEMPLATE("golden: associative_scan", T, double, float) {
   }
   auto const x = input<T>(5, {2}, 1, 12);
   auto const packed = offsets({0, 4, 4, 12});
-  auto y = result<T>(1, 12), total = result<T>(3);
+  auto y = result<T>(1, 12);
+  auto total = result<T>(3);
   associative_scan::forward(policy, scan_operator::sum<T>{}, x.as_view(), y.as_view(),
                             {.total = total, .cu_seqlens = packed});
   g.check("sum.packed.y", y);
