@@ -317,6 +317,12 @@ TEST_CASE("selective_scan: takes the scratch that it says") {
       {.d_u = u, .d_delta = u, .d_B = B, .d_C = B});
   CHECK(arena.peak() == selective_scan::scratch_bytes<16, float, test_policy::memory_space>(3, 700, 100, 3));
   CHECK(arena.used() == 0);
+
+  auto forward_arena = blackmamba::arena<test_policy::memory_space>::measuring();
+  auto y = test::poisoned<float>(3, 700, 100);
+  selective_scan::forward<16>(dry{&forward_arena}, {.u = u, .delta = u, .A = A, .B = B, .C = B}, y.as_view());
+  CHECK(forward_arena.peak() == selective_scan::forward_scratch_bytes<test_policy, 16, float>(3, 700, 100, 3));
+  CHECK(forward_arena.used() == 0);
 }
 
 TEST_CASE("selective_scan: what disagrees is named") {

@@ -26,7 +26,9 @@ namespace blackmamba {
 ///
 /// Arithmetic and states are in accum_t<T>, written A below where it is a type. Of size L D N nothing is stored:
 /// training keeps the state at the beginning of every chunk_length steps (checkpoints), and backward runs each chunk
-/// again. Bitwise repeatable, independent of the number of threads and of the other sequences. Asynchronous on cuda.
+/// again. Bitwise repeatable, independent of the number of threads and of the other sequences. Asynchronous on cuda;
+/// there, sequences of 512 steps and more are cut where batch and channels are few, by their sizes
+/// (selective_scan_tuning): calls that are cut differently agree to rounding.
 struct selective_scan {
   /// u, delta, z, B, C may be slices of wider tensors.
   template <device_policy P, storage T, int N>
@@ -201,19 +203,17 @@ struct selective_scan {
     return batch * chunks(batch, length, sequences) * N * channels;
   }
 
-  /// What forward keeps while it runs: on a device long sequences of few channels are cut into pieces, and the pieces
-  /// run side by side.
+  /// What forward keeps while it runs, on a device, where it cuts sequences into pieces (selective_scan_tuning).
   template <device_policy P, storage T>
   struct forward_workspace {
-    out<P, accum_t<T>, dyn, dyn, dyn> states = {};  // (pieces, D, N)  what each piece leaves, then what it begins with
+    out<P, accum_t<T>, dyn, dyn, dyn> states = {};  // (pieces, D, N)  what each leaves from zero, then begins with
     out<P, accum_t<T>, dyn, dyn> steps = {};        // (pieces, D)     the sum of its steps dt
   };
   template <int N>
   static constexpr std::int64_t forward_pieces(std::int64_t batch, std::int64_t length, std::int64_t channels,
                                                std::int64_t sequences) {
-    auto const segment = selective_scan_tuning::plan_forward(N, length, channels, sequences).segment;
-    if (segment == 0) return 0;
-    return batch == 1 ? length / segment + sequences : batch * ((length + segment - 1) / segment);
+    return selective_scan_tuning::pieces_of_forward(
+        selective_scan_tuning::plan_forward(N, length, channels, sequences), batch, length, sequences);
   }
   template <device_policy P, int N, storage T>
   static constexpr std::size_t forward_scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,

@@ -1,17 +1,8 @@
 #pragma once
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
+#include <blackmamba/ops/selective_scan/selective_scan_backward_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan_forward_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan_step_cuda.cuh>
-#if __has_include(<blackmamba/ops/selective_scan/selective_scan_backward_cuda.cuh>)
-#include <blackmamba/ops/selective_scan/selective_scan_backward_cuda.cuh>
-#else
-namespace blackmamba::cuda::detail {
-template <class T, int N>
-void selective_scan_backward(device::cuda const&, selective_scan::gradient_inputs<device::cuda, T, N> const&,
-                             selective_scan::gradients<device::cuda, T> const&,
-                             selective_scan::workspace<device::cuda, T> const&) {}
-}  // namespace blackmamba::cuda::detail
-#endif
 
 namespace blackmamba {
 

@@ -21,6 +21,11 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 
+/// A product that no sum absorbs. Compilers contract a b + c where they like, here so and there otherwise; a state must
+/// come out the same wherever in a loop its step falls.
+__device__ __forceinline__ float times(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double times(double a, double b) { return __dmul_rn(a, b); }
+
 /// log(1 + x) for x in [0, 1], to a relative error of 2e-7: a polynomial, for the special function unit is what bounds
 /// a scan, and its logarithm loses the digits of small x.
 __device__ __forceinline__ float log1p_unit(float x) {
@@ -34,20 +39,25 @@ __device__ __forceinline__ float log1p_unit(float x) {
   p = fmaf(p, x, 3.332996666e-1f);
   p = fmaf(p, x, -4.999990165e-1f);
   p = fmaf(p, x, 1.0f);
-  return p * x;
+  return times(p, x);
 }
 __device__ __forceinline__ double log1p_unit(double x) { return ::log1p(x); }
 
 /// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)
 template <class A>
 __device__ __forceinline__ A scan_softplus(A x) {
-  A const positive = x < A(0) ? A(0) : x;  // NaN stays
-  return positive + log1p_unit(power_of_two(A(-1.44269504088896340736) * (x < A(0) ? -x : x)));
+  A positive, size;
+  if constexpr (sizeof(A) == 4)
+    positive = fmaxf(x, 0.0f), size = fabsf(x);
+  else
+    positive = ::fmax(x, 0.0), size = ::fabs(x);
+  // NaN comes by way of the second term.
+  return positive + log1p_unit(power_of_two(times(A(-1.44269504088896340736), size)));
 }
 /// 1 / (1 + e^-x)
 template <class A>
 __device__ __forceinline__ A scan_sigmoid(A x) {
-  return reciprocal(A(1) + power_of_two(A(-1.44269504088896340736) * x));
+  return reciprocal(A(1) + power_of_two(times(A(-1.44269504088896340736), x)));
 }
 /// A log2(e), of A as given or of its logarithm.
 template <class A>

@@ -13,26 +13,35 @@
 /// with the state of channel d before step k * chunk_length of the sequence. A sequence of no steps has chunk 0.
 namespace blackmamba::selective_scan_tuning {
 
-/// States, steps and lanes of a kernel: `lanes` neighbouring lanes of a warp share a channel and hold N / lanes states
-/// each.
+/// `lanes` neighbouring lanes of a warp share a channel and hold N / lanes states each.
 struct forward_plan {
   int lanes = 1;
-  std::int64_t segment = 0;  ///< steps after which a sequence is cut, to run the pieces side by side; 0: uncut
+  std::int64_t segment = 0;  ///< steps after which a sequence is cut, to run its pieces side by side; 0: uncut
 };
 
 /// Lanes for N states.
-constexpr int lanes_for(int states) { return states <= 2 ? 1 : states <= 8 ? 2 : states <= 32 ? 4 : 16; }
+constexpr int lanes_for(int states) {
+  return states <= 2 ? 1 : states <= 4 ? 2 : states <= 32 ? 4 : states <= 64 ? 8 : 16;
+}
 
 /// @param sequences rows of the batch, or sequences packed in one
 constexpr forward_plan plan_forward(int states, std::int64_t length, std::int64_t channels, std::int64_t sequences) {
   forward_plan plan{.lanes = lanes_for(states)};
-  // Few channels: a second pass over the exponentials pays as soon as fewer than a third of the lanes have work.
-  std::int64_t const lanes = channels * sequences * plan.lanes;
-  if (lanes < 12 * 1024 && length >= 4096) {
-    std::int64_t const pieces = std::clamp<std::int64_t>(8 * 12 * 1024 / std::max<std::int64_t>(lanes, 1), 2, 1024);
-    plan.segment = std::max<std::int64_t>((length / pieces + 127) / 128 * 128, 256);
+  // Blocks of 128 lanes with two channels each. Where there are fewer than the 132 multiprocessors of a large device, a
+  // second pass over the exponentials costs less than what stands idle; pieces are made for three blocks on each.
+  std::int64_t const width = 256 / plan.lanes, blocks = sequences * ((channels + width - 1) / width);
+  if (length >= 512 && blocks < 132) {
+    std::int64_t const pieces = std::min<std::int64_t>(396 / std::max<std::int64_t>(blocks, 1), length / 64);
+    plan.segment = (length / pieces + 31) / 32 * 32;
   }
   return plan;
+}
+
+/// Pieces, numbered with gaps where packed sequences end early.
+constexpr std::int64_t pieces_of_forward(forward_plan const& plan, std::int64_t batch, std::int64_t length,
+                                         std::int64_t sequences) {
+  if (plan.segment == 0) return 0;
+  return batch == 1 ? length / plan.segment + sequences : batch * ((length + plan.segment - 1) / plan.segment);
 }
 
 }  // namespace blackmamba::selective_scan_tuning
