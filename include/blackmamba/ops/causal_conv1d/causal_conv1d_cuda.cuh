@@ -101,11 +101,11 @@ __device__ __forceinline__ float convolution_sigmoid(float p) {
 }
 
 inline constexpr int convolution_forward_warps = 4;
-inline constexpr int convolution_backward_warps = 8;
+inline constexpr unsigned convolution_backward_warps = 8;  // at most
 
 /// One block: convolution_forward_warps tiles of 2^steps_shift steps, one above the other, of 32 packs of channels.
 template <class T, int K, int N>
-__global__ void __launch_bounds__(32 * convolution_forward_warps, 4)
+__global__ void __launch_bounds__(32 * convolution_forward_warps, 6)
     causal_conv1d_forward(causal_conv1d::inputs<device::cuda, T> in, view<space::device, T, dyn, dyn, dyn> y,
                           view<space::device, T, dyn, dyn, dyn> final_state, sequences list, unsigned channel_blocks,
                           int steps_shift) {
@@ -179,8 +179,9 @@ __global__ void __launch_bounds__(32 * convolution_backward_warps, sizeof(accum_
   using A = accum_t<T>;
   using column_type = convolution_column<T, K, N>;
   using raw = typename column_type::raw;
-  constexpr int together = 4, warps = convolution_backward_warps, width = 32 * N;
-  constexpr int most_steps = static_cast<int>(causal_conv1d::steps_per_partial) / warps;
+  constexpr int together = 4, width = 32 * N;
+  int const warps = static_cast<int>(blockDim.y);
+  int const most_steps = static_cast<int>(causal_conv1d::steps_per_partial) / warps;
   std::int64_t const first_channel = std::int64_t{blockIdx.x % channel_blocks} * width;
   std::int64_t const channel = first_channel + threadIdx.x * N, channels = d.d_x.extent(2);
   std::int64_t const number = blockIdx.x / channel_blocks;
@@ -298,7 +299,7 @@ __global__ void __launch_bounds__(32 * convolution_backward_warps, sizeof(accum_
     }
   }
 
-  __shared__ A shared[warps][K + 1][width];
+  __shared__ A shared[convolution_backward_warps][K + 1][width];
 #pragma unroll
   for (int k = 0; k <= K; ++k)
 #pragma unroll
@@ -308,7 +309,6 @@ __global__ void __launch_bounds__(32 * convolution_backward_warps, sizeof(accum_
     int const k = j / width, i = j % width;
     if (first_channel + i >= channels) continue;
     A total = shared[0][k][i];
-#pragma unroll
     for (int w = 1; w < warps; ++w) total += shared[w][k][i];
     partial.row(number, k)[first_channel + i] = total;
   }
@@ -382,13 +382,13 @@ struct backend<causal_conv1d, device::cuda> {
   template <class T>
   static void forward(device::cuda const& policy, causal_conv1d::inputs<device::cuda, T> const& in, states<T> y,
                       states<T> final_state) {
-    constexpr int wide = cuda::pack_width<T>, warps = cuda::detail::convolution_forward_warps;
+    constexpr int wide = wide_pack<T>, warps = cuda::detail::convolution_forward_warps;
     bool const packs = cuda::rows_in_packs<wide>(in.x) && cuda::rows_in_packs<wide>(y) &&
                        cuda::rows_in_packs<wide>(in.initial_state) && cuda::rows_in_packs<wide>(final_state);
     with_taps_and_packs<wide>(in.weight.extent(1), packs, [&]<int K, int N>() {
       std::int64_t const channel_blocks = blocks_of(y.extent(2), 32 * N);
       // A wave of blocks takes as long as its tiles and about 6 steps more; the last one is rarely full.
-      std::int64_t const resident = std::int64_t{cuda::properties().multiprocessors} * 4;
+      std::int64_t const resident = std::int64_t{cuda::properties().multiprocessors} * 6;
       int shift = 6;
       auto const steps_of = [&](int s) {
         std::int64_t const blocks = channel_blocks * y.extent(0) * blocks_of(y.extent(1), warps << s);
@@ -408,8 +408,8 @@ struct backend<causal_conv1d, device::cuda> {
   static void backward(device::cuda const& policy, causal_conv1d::gradient_inputs<device::cuda, T> const& in,
                        causal_conv1d::gradients<device::cuda, T> const& d, states<accum_t<T>> partial) {
     constexpr char const* op = "causal_conv1d.backward";
-    // Packs of 8 bytes: with 16 the sums and windows would leave registers for few warps.
-    constexpr int wide = sizeof(T) == 8 ? 2 : static_cast<int>(8 / sizeof(T));
+    // With more 32-bit channels the sums and windows would leave registers for few warps.
+    constexpr int wide = sizeof(T) == 4 ? 2 : wide_pack<T>;
     bool const packs = cuda::rows_in_packs<wide>(in.x) && cuda::rows_in_packs<wide>(in.d_y) &&
                        cuda::rows_in_packs<wide>(in.initial_state) && cuda::rows_in_packs<wide>(in.d_final_state) &&
                        cuda::rows_in_packs<wide>(d.d_x) && cuda::rows_in_packs<wide>(d.d_initial_state);
@@ -418,10 +418,13 @@ struct backend<causal_conv1d, device::cuda> {
     cuda::sequences const list(batch, length, in.cu_seqlens, 8);
     with_taps_and_packs<wide>(in.weight.extent(1), packs, [&]<int K, int N>() {
       std::int64_t const channel_blocks = blocks_of(channels, 32 * N);
-      cuda::launch(
-          op, policy,
-          {cuda::blocks_for(list.blocks() * channel_blocks, 1), dim3(32, cuda::detail::convolution_backward_warps)},
-          cuda::detail::causal_conv1d_backward<T, K, N>, in, d, partial, list, static_cast<unsigned>(channel_blocks));
+      // A block's warps divide its steps: fewer of them repeat less at their edges, more of them fill the device.
+      bool const fill = list.blocks() * channel_blocks < std::int64_t{cuda::properties().multiprocessors} * 4;
+      cuda::launch(op, policy,
+                   {cuda::blocks_for(list.blocks() * channel_blocks, 1),
+                    dim3(32, fill ? cuda::detail::convolution_backward_warps : 4u)},
+                   cuda::detail::causal_conv1d_backward<T, K, N>, in, d, partial, list,
+                   static_cast<unsigned>(channel_blocks));
     });
     std::int64_t const taps = in.weight.extent(1);
     cuda::launch(op, policy, {cuda::blocks_for((taps + 1) * channels, 32), dim3(32, 16)},
@@ -446,6 +449,9 @@ struct backend<causal_conv1d, device::cuda> {
   }
 
  private:
+  /// Channels of a thread: 16 bytes of them, but at most 4, for each has its window and taps in registers.
+  template <class T>
+  static constexpr int wide_pack = cuda::pack_width<T> < 4 ? cuda::pack_width<T> : 4;
   static constexpr std::int64_t blocks_of(std::int64_t n, std::int64_t each) { return (n + each - 1) / each; }
 
   template <int Wide, class Body>
