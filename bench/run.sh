@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the benchmarks and runs them, one after the other, each for itself; writes what they measured, with date, commit
-# and machine, to bench/results/<name>.json. Arguments name benchmarks; without any, all are run, those of CUDA where there
-# is a GPU and a CUDA toolkit. Leave the machine to it.
+# and machine, to bench/results/<name>.json. Arguments name benchmarks; without any, all are run, those of CUDA where
+# there is a GPU and a CUDA toolkit. Leave the machine to it.
 set -euo pipefail
 export LC_ALL=C.UTF-8
 

@@ -101,7 +101,9 @@ function(blackmamba_subject_has_cuda layer name result)
   file(GLOB cuda_files CONFIGURE_DEPENDS ${include}/ops/*/*_cuda.cuh)  # configures again where one comes
   set(has_cuda ON)
   if(layer STREQUAL "core")
-    if(NOT core_cuda)
+    # What core/cpu holds is the host's alone.
+    file(STRINGS ${CMAKE_CURRENT_SOURCE_DIR}/${layer}/${name}_test.hpp of_the_host REGEX "#include <blackmamba/core/cpu/")
+    if(of_the_host OR NOT core_cuda)
       set(has_cuda OFF)
     endif()
   else()
