@@ -5,15 +5,15 @@
 #include <blackmamba/ops/selective_scan/selective_scan_backward_parts_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan_exponential_cuda.cuh>
 
-#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 /// Instantiated for each T and N in use: scan_backward, and what the parts' header names.
 ///
 /// A block takes chunks of 32 steps, last chunk first, through 64 channels. Of each chunk it runs the recurrence
-/// forward from the checkpoint once, keeping the state of every fourth step in shared memory; then, last four steps
-/// first, forward again and back, with states and decays in registers. Sums over the states of a channel go from lane to
-/// lane; so do sums over the channels of a warp, which are added up over warps, and by another kernel over blocks.
+/// forward from the checkpoint once, keeping the state before every fourth step in shared memory; then, last four steps
+/// first, forward again and back, with states and decays in registers. Sums over the states of a channel go from lane
+/// to lane; so do sums over the channels of a warp, which are added up over warps, and by another kernel over blocks.
 namespace blackmamba::cuda::detail {
 
 /// Sums each of v over the lanes that differ in the bits Begin to End / 2, in the same order everywhere. Each lane is
@@ -59,25 +59,32 @@ __device__ __forceinline__ bool spread_writes(int lane) {
 template <class T, int N>
 struct adjoint_memory {
   using block = adjoint_block<T, N>;
-  static constexpr int pieces = adjoint_chunk / block::steps;                   ///< of a chunk
-  static constexpr int start = block::lane_channels * block::lane_states;       ///< states of a lane
-  static constexpr int starts = 0;                                              ///< (pieces - 2, start / 4, threads, 4)
-  static constexpr int times = starts + (pieces - 2) * block::threads * start;  ///< (chunk, channels, 2)
-  static constexpr int outputs = times + adjoint_chunk * block::channels * 2;   ///< (chunk, channels)
-  static constexpr int B = outputs + adjoint_chunk * block::channels;           ///< (chunk, states)
+  static constexpr int pieces = adjoint_chunk / block::steps;                  ///< of a chunk
+  static constexpr int slot = 32 * block::lane_channels * block::lane_states;  ///< states of a warp
+  static constexpr int values = block::steps * 2 * block::states;              ///< of d_B and d_C in a piece
+  static constexpr int starts = 0;                                             ///< (pieces - 1, warps, slot)
+  static constexpr int times = starts + (pieces - 1) * block::warps * slot;    ///< (chunk, channels, 2)
+  static constexpr int outputs = times + adjoint_chunk * block::channels * 2;  ///< (chunk, channels)
+  static constexpr int B = outputs + adjoint_chunk * block::channels;          ///< (chunk, states)
   static constexpr int C = B + adjoint_chunk * block::states;
-  static constexpr int sums = C + adjoint_chunk * block::states;  ///< (warps, steps, 2, states)
-  static constexpr int parameters = sums + block::warps * block::steps * 2 * block::states;  ///< (warps, channels, 2)
+  static constexpr int sums = C + adjoint_chunk * block::states;   ///< (warps, steps, 2, states)
+  static constexpr int parameters = sums + block::warps * values;  ///< (warps, channels, 2)
+  /// Whether sums over the channels of a warp wait for the end of the chunk, each piece's in the slot that its states
+  /// have left, so that warps don't wait for each other in between. The last piece has no slot.
+  static constexpr bool late = values <= slot;
+  static __device__ __forceinline__ int sums_of(int piece, int warp) {
+    return !late || piece == pieces - 1 ? sums + warp * values : starts + (piece * block::warps + warp) * slot;
+  }
+  static __device__ __forceinline__ int sums_stride(int piece) { return !late || piece == pieces - 1 ? values : slot; }
   static constexpr int elements = parameters + block::warps * block::channels * 2;
+  static_assert(elements * sizeof(accum_t<T>) <= 227 * 1024, "blackmamba: selective_scan: shared memory of a block");
 };
 
-template <class T, int N>
-__global__ void __launch_bounds__(adjoint_block<T, N>::threads,
-                                  sizeof(accum_t<T>) > 4 ? 1 : 512 / adjoint_block<T, N>::threads)
+template <class T, int N, bool Packs>
+__global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T, N>::resident)
     scan_backward(selective_scan::gradient_inputs<device::cuda, T, N> const in,
                   selective_scan::gradients<device::cuda, T> const d,
-                  selective_scan::workspace<device::cuda, T> const work, scan_chunks const chunks,
-                  bool const in_packs) {
+                  selective_scan::workspace<device::cuda, T> const work, scan_chunks const chunks) {
   using block = adjoint_block<T, N>;
   using memory = adjoint_memory<T, N>;
   using A = accum_t<T>;
@@ -89,10 +96,9 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads,
   A* const outputs = shared + memory::outputs;  // the gradient of y before the gate; then C . h
   int const thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int const own = thread % S * Q, pair = thread / S;  // the lane's first state, and which channels
-  A* const starts = shared + memory::starts + 4 * thread;
+  A* const starts = shared + memory::starts + warp * memory::slot + lane * 4;
   A const* const B = shared + memory::B + own;
   A const* const C = shared + memory::C + own;
-  A* const sums = shared + memory::sums;
   A* const parameters = shared + memory::parameters + warp * width * 2;
   unsigned const groups = static_cast<unsigned>(chunks.plan.groups);
   std::int64_t const group = blockIdx.x % groups, part = blockIdx.x / groups, channels = in.d_y.extent(2);
@@ -136,202 +142,281 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads,
       }
       entered = true;
       if (chunk.steps > 0) {
-        auto const at = [&](auto const& v, int t) {
-          return v.row(chunk.batch, chunk.first + t) + first_channel + 4 * (thread % quads);
+        int const quad = thread % quads;
+        std::int64_t const quad_channel = first_channel + 4 * quad;
+        int const count = static_cast<int>(min(channels - quad_channel, std::int64_t{4}));
+        bool const gated = in.z.present();
+        choice<A> const softplus(in.delta_softplus), gating(gated);
+        auto const quad_of = [&](auto const& v) {
+          return channel_quad<std::remove_pointer_t<decltype(v.data())>, Packs>(v, chunk, quad_channel, count);
         };
+        auto const parameter = [&](auto const& v) {
+          return v.present() ? load_some<4>(v.data() + quad_channel, count) : pack<A, 4>{};
+        };
+        A h[J][Q];  // on its way while what follows is prepared
+#pragma unroll
+        for (int j = 0; j < J; ++j)
+          load_lane_states<N, Q>(in.checkpoints.data() + (chunk.number * channels + row_of(j)) * N, own, present(j),
+                                 h[j]);
+        constexpr int turn = threads / quads;  // steps that the block's threads hold at once
         {
-          std::int64_t const c = first_channel + 4 * (thread % quads), count = channels - c;
-          auto const bias = in.delta_bias.present() ? load_some<4>(in.delta_bias.data() + c, count) : pack<A, 4>{};
-#pragma unroll 2
-          for (int t = thread / quads; t < adjoint_chunk; t += threads / quads) {
-            pack<A, 8> x{};
-            pack<A, 4> d_sum{};
-            if (t < chunk.steps) {
-              auto const load = [&](auto const& v) { return load_channels(at(v, t), count, in_packs); };
-              auto const u = load(in.u), delta = load(in.delta), d_y = load(in.d_y);
-              auto const z = in.z.present() ? load(in.z) : pack<A, 4>{};
+          constexpr int batch = adjoint_batch(turn, sizeof(T) > 2 ? 2 : 4);
+          auto const bias = parameter(in.delta_bias);
+          auto const u_of = quad_of(in.u), delta_of = quad_of(in.delta), d_y_of = quad_of(in.d_y);
+          auto const z_of = gated ? quad_of(in.z) : d_y_of;
+#pragma unroll 1
+          for (int t0 = thread / quads; t0 < adjoint_chunk; t0 += batch * turn) {
+            raw_pack<T, 4> u[batch], delta[batch], d_y[batch], z[batch];
+#pragma unroll
+            for (int k = 0; k < batch; ++k) {
+              int const t = t0 + k * turn;
+              bool const within = t < chunk.steps;
+              u[k] = u_of.fetch(t, within), delta[k] = delta_of.fetch(t, within);
+              d_y[k] = d_y_of.fetch(t, within), z[k] = z_of.fetch(t, within);
+            }
+#pragma unroll
+            for (int k = 0; k < batch; ++k) {
+              int const t = t0 + k * turn;
+              pack<A, 8> x;
+              pack<A, 4> d_sum;
 #pragma unroll
               for (int i = 0; i < 4; ++i) {
-                bool const within = i < count;
-                x[2 * i] = within ? time_step<A>(delta[i] + bias[i], in.delta_softplus).dt : A(0);
-                x[2 * i + 1] = x[2 * i] * u[i];
-                d_sum[i] = in.z.present() ? d_y[i] * gate<A>(z[i]).value : d_y[i];
+                A const dt = time_step<A>(widen(delta[k].e[i]) + bias[i], softplus).dt;
+                x[2 * i] = t < chunk.steps ? dt : A(0);
+                x[2 * i + 1] = x[2 * i] * widen(u[k].e[i]);
+                d_sum[i] = widen(d_y[k].e[i]) * gate<A>(widen(z[k].e[i]), gating).value;
               }
+              store_pack<8>(times + (t * width + 4 * quad) * 2, x);
+              store_pack<4>(outputs + t * width + 4 * quad, d_sum);
             }
-            store_pack<8>(times + (t * width + 4 * (thread % quads)) * 2, x);
-            store_pack<4>(outputs + t * width + 4 * (thread % quads), d_sum);
           }
         }
-        stage_projection<threads, N, states, T>(in.B, chunk, shared + memory::B);
-        stage_projection<threads, N, states, T>(in.C, chunk, shared + memory::C);
+        using projection_part = projection_rows<T, N, states, threads, Packs>;
+#pragma unroll 1
+        for (int i = thread; i < projection_part::all; i += projection_part::batch * threads) {
+          projection_part b, c;
+          b.fetch(in.B, chunk, i), c.fetch(in.C, chunk, i);
+          b.put(shared + memory::B, i), c.put(shared + memory::C, i);
+        }
         __syncthreads();
 
+        if (!chunk.begins) {
+          // What the next chunk reads: the rows before these. A warp asks for one of the tensors.
+          constexpr int elements = 128 / static_cast<int>(sizeof(T)), lines = (width + elements - 1) / elements;
+          auto const ask = [&](auto const& v) {
+            for (int i = lane; i < adjoint_chunk * lines; i += 32) {
+              std::int64_t const line = first_channel + i % lines * elements;
+              if (line < channels) prefetch_line(v.row(chunk.batch, chunk.first - adjoint_chunk + i / lines) + line);
+            }
+          };
+          for (int k = warp; k < 4; k += block::warps) {
+            if (k == 0) ask(in.u);
+            if (k == 1) ask(in.delta);
+            if (k == 2) ask(in.d_y);
+            if (k == 3 && gated) ask(in.z);
+          }
+        }
+        A* const lane_times = times + J * pair * 2;
+        A* const lane_outputs = outputs + J * pair;
+        A* const projection = work.d_projection.row(group, chunk.batch * in.d_y.extent(1) + chunk.first);
+        // Sums over warps of steps [from, to).
+        auto const add_up = [&](int from, int to) {
+          constexpr int each = N % 4 == 0 ? 4 : 1, columns = 2 * states / each;
+          for (int i = from * columns + thread; i < to * columns; i += threads) {
+            int const t = i / columns, column = i % columns * each, piece = t / steps;
+            if (N != states && column % states >= N) continue;
+            A const* p = shared + memory::sums_of(piece, 0) + t % steps * (2 * states) + column;
+            auto sum = load_pack<each>(p);
+#pragma unroll
+            for (int w = 1; w < block::warps; ++w) {
+              auto const x = load_pack<each>(p += memory::sums_stride(piece));
+#pragma unroll
+              for (int k = 0; k < each; ++k) sum[k] += x[k];
+            }
+            A* const out = projection + t * (2 * N) + (column < states ? column : column - states + N);
+            if (block::rounds > 1 && round > 0) {
+              auto const x = load_pack<each>(static_cast<A const*>(out));
+#pragma unroll
+              for (int k = 0; k < each; ++k) sum[k] += x[k];
+            }
+            store_pack<each>(out, sum);
+          }
+        };
         // Steps beyond the chunk's last have dt = 0 and no gradient: they change nothing.
         int const last = (chunk.steps - 1) / steps;
-        A h[J][Q];
-        auto const load_checkpoint = [&] {
-#pragma unroll
-          for (int j = 0; j < J; ++j)
-            load_lane_states<N, Q>(in.checkpoints.data() + (chunk.number * channels + row_of(j)) * N, own, present(j),
-                                   h[j]);
-        };
         auto const start = [&](int piece, int j, int n) {
-          return starts + ((piece - 1) * (memory::start / 4) + (j * Q + n) / 4) * 4 * threads;
+          return starts + piece * (block::warps * memory::slot) + (j * Q + n) / 4 * 128;
         };
-        load_checkpoint();
-#pragma unroll 1
-        for (int piece = 0; piece < last; ++piece) {
-          if (piece > 0) {
-#pragma unroll
-            for (int j = 0; j < J; ++j)
-#pragma unroll
-              for (int n = 0; n < Q; n += 4)
-                store_pack<4>(start(piece, j, n), pack<A, 4>{h[j][n], h[j][n + 1], h[j][n + 2], h[j][n + 3]});
-          }
+        pack<A, 2 * J> times_next[steps];
+        pack<A, Q> b_next[steps];
+        auto const load_next = [&](int piece) {
 #pragma unroll
           for (int i = 0; i < steps; ++i) {
-            int const t = piece * steps + i;
-            auto const time = load_pack<2 * J>(times + (t * width + J * pair) * 2);
-            auto const b = load_pack<Q>(B + t * states);
+            times_next[i] = load_pack<2 * J>(lane_times + (piece * steps + i) * (width * 2));
+            b_next[i] = load_pack<Q>(B + (piece * steps + i) * states);
+          }
+        };
+        load_next(0);
+#pragma unroll 2
+        for (int piece = 0; piece < last; ++piece) {
+          pack<A, 2 * J> time[steps];
+          pack<A, Q> b[steps];
+#pragma unroll
+          for (int i = 0; i < steps; ++i) time[i] = times_next[i], b[i] = b_next[i];
+          load_next(piece + 1);
+#pragma unroll
+          for (int j = 0; j < J; ++j)
+#pragma unroll
+            for (int n = 0; n < Q; n += 4)
+              store_pack<4>(start(piece, j, n), pack<A, 4>{h[j][n], h[j][n + 1], h[j][n + 2], h[j][n + 3]});
+#pragma unroll
+          for (int i = 0; i < steps; ++i)
 #pragma unroll
             for (int j = 0; j < J; ++j)
 #pragma unroll
               for (int n = 0; n < Q; ++n)
-                h[j][n] = power_of_two(time[2 * j] * rate[j][n]) * h[j][n] + time[2 * j + 1] * b[n];
-          }
+                h[j][n] = selective_scan_math::advance(power_of_two(time[i][2 * j] * rate[j][n]), h[j][n],
+                                                       time[i][2 * j + 1] * b[i][n]);
         }
 
-#pragma unroll 1
-        for (int piece = last; piece >= 0; --piece) {
-          if (piece != last) {
-            if (piece == 0) {
-              load_checkpoint();
-            } else {
-#pragma unroll
-              for (int j = 0; j < J; ++j)
-#pragma unroll
-                for (int n = 0; n < Q; n += 4) {
-                  auto const x = load_pack<4>(static_cast<A const*>(start(piece, j, n)));
-#pragma unroll
-                  for (int k = 0; k < 4; ++k) h[j][n + k] = x[k];
-                }
-            }
-          }
-          A before[steps][J][Q], decay[steps][J][Q], y[steps * J];
-          constexpr int kept = spread_count<S, 32, Q>;
-          A* const sums_to = sums + warp * (steps * 2 * states) + own + spread_first<S, 32, Q>(lane);
-          bool const writes = spread_writes<S, 32, Q>(lane);
+        pack<A, 2 * J> time[steps];
+        pack<A, J> d_y[steps];
+        pack<A, Q> b[steps], c[steps];
+        auto const load_piece = [&](int piece) {
 #pragma unroll
           for (int i = 0; i < steps; ++i) {
             int const t = piece * steps + i;
-            auto const time = load_pack<2 * J>(times + (t * width + J * pair) * 2);
-            auto const d_y = load_pack<J>(outputs + t * width + J * pair);
-            auto const b = load_pack<Q>(B + t * states), c = load_pack<Q>(C + t * states);
-            A d_C[Q];
+            time[i] = load_pack<2 * J>(lane_times + t * (width * 2));
+            d_y[i] = load_pack<J>(lane_outputs + t * width);
+            b[i] = load_pack<Q>(B + t * states);
+            c[i] = load_pack<Q>(C + t * states);
+          }
+        };
+        load_piece(last);
+#pragma unroll 1
+        for (int piece = last; piece >= 0; --piece) {
+          A before[steps][J][Q], decay[steps][J][Q], y[steps * J], d_C[Q * steps];
+#pragma unroll
+          for (int i = 0; i < steps; ++i)
 #pragma unroll
             for (int j = 0; j < J; ++j) {
+              A const dt = time[i][2 * j], dt_u = time[i][2 * j + 1];
               y[i * J + j] = A(0);
 #pragma unroll
               for (int n = 0; n < Q; ++n) {
                 before[i][j][n] = h[j][n];
-                decay[i][j][n] = power_of_two(time[2 * j] * rate[j][n]);
-                h[j][n] = decay[i][j][n] * h[j][n] + time[2 * j + 1] * b[n];
-                y[i * J + j] += c[n] * h[j][n];
-                d_C[n] = j == 0 ? d_y[j] * h[j][n] : d_C[n] + d_y[j] * h[j][n];
+                decay[i][j][n] = power_of_two(dt * rate[j][n]);
+                h[j][n] = selective_scan_math::advance(decay[i][j][n], h[j][n], dt_u * b[i][n]);
+                y[i * J + j] += c[i][n] * h[j][n];
+                d_C[n * steps + i] = d_y[i][j] * h[j][n] + (j == 0 ? A(0) : d_C[n * steps + i]);
               }
             }
-            spread_sums<S, 32, Q>(d_C, lane);
-            if (writes) {
-#pragma unroll
-              for (int k = 0; k < kept; ++k) sums_to[(i * 2 + 1) * states + k] = d_C[k];
-            }
-          }
+          spread_sums<S, 32, Q * steps>(d_C, lane);
           spread_sums<1, S, steps * J>(y, lane);
 
-          A d_dt_u[steps * J], d_dt[steps * J];
+          A d_dt_u[steps * J], d_dt[steps * J], d_B[Q * steps];
 #pragma unroll
-          for (int i = steps - 1; i >= 0; --i) {
-            int const t = piece * steps + i;
-            auto const time = load_pack<2 * J>(times + (t * width + J * pair) * 2);
-            auto const d_y = load_pack<J>(outputs + t * width + J * pair);
-            auto const b = load_pack<Q>(B + t * states), c = load_pack<Q>(C + t * states);
-            A d_B[Q];
+          for (int i = steps - 1; i >= 0; --i)
 #pragma unroll
             for (int j = 0; j < J; ++j) {
+              A const dt = time[i][2 * j], dt_u = time[i][2 * j + 1];
               d_dt_u[i * J + j] = d_dt[i * J + j] = A(0);
 #pragma unroll
               for (int n = 0; n < Q; ++n) {
-                A const g = d_y[j] * c[n] + reaching[j][n];
-                d_B[n] = j == 0 ? g * time[2 * j + 1] : d_B[n] + g * time[2 * j + 1];
+                A const g = d_y[i][j] * c[i][n] + reaching[j][n];
+                d_B[n * steps + i] = g * dt_u + (j == 0 ? A(0) : d_B[n * steps + i]);
                 reaching[j][n] = g * decay[i][j][n];
-                selective_scan_math::add_adjoint(g, reaching[j][n] * before[i][j][n], time[2 * j], rate[j][n], b[n],
+                selective_scan_math::add_adjoint(g, reaching[j][n] * before[i][j][n], dt, rate[j][n], b[i][n],
                                                  d_dt_u[i * J + j], d_dt[i * J + j], d_A[j][n]);
               }
             }
-            spread_sums<S, 32, Q>(d_B, lane);
-            if (writes) {
+          // What the next piece begins with is on its way while sums move between lanes. The first piece asks for its
+          // own once more.
+          int const next = max(piece - 1, 0);
+          load_piece(next);
 #pragma unroll
-              for (int k = 0; k < kept; ++k) sums_to[i * 2 * states + k] = d_B[k];
+          for (int j = 0; j < J; ++j)
+#pragma unroll
+            for (int n = 0; n < Q; n += 4) {
+              auto const x = load_pack<4>(static_cast<A const*>(start(next, j, n)));
+#pragma unroll
+              for (int k = 0; k < 4; ++k) h[j][n + k] = x[k];
             }
-          }
+          spread_sums<S, 32, Q * steps>(d_B, lane);
           spread_sums<1, S, steps * J>(d_dt_u, lane);
           spread_sums<1, S, steps * J>(d_dt, lane);
+          // All that is written, last: no store stands in the way of a load.
           __syncwarp();  // every lane has read what is overwritten now
+          if (spread_writes<S, 32, Q * steps>(lane)) {
+            A* const to = shared + memory::sums_of(piece, warp) + own;
+#pragma unroll
+            for (int k = 0; k < spread_count<S, 32, Q * steps>; ++k) {
+              int const item = spread_first<S, 32, Q * steps>(lane) + k, at = item % steps * 2 * states + item / steps;
+              to[at] = d_B[k];
+              to[at + states] = d_C[k];
+            }
+          }
           if (spread_writes<1, S, steps * J>(lane)) {
 #pragma unroll
             for (int k = 0; k < spread_count<1, S, steps * J>; ++k) {
               int const item = spread_first<1, S, steps * J>(lane) + k;
-              int const to = (piece * steps + item / J) * width + J * pair + item % J;
-              store_pack<2>(times + 2 * to, pack<A, 2>{d_dt_u[k], d_dt[k]});
-              outputs[to] = y[k];
+              int const at = (piece * steps + item / J) * width + item % J;
+              store_pack<2>(lane_times + 2 * at, pack<A, 2>{d_dt_u[k], d_dt[k]});
+              lane_outputs[at] = y[k];
             }
           }
-          __syncthreads();
-          for (int i = thread; i < steps * 2 * states; i += threads) {
-            int const t = piece * steps + i / (2 * states), column = i % (2 * states), n = column % states;
-            if (n >= N || t >= chunk.steps) continue;
-            A sum = sums[i];
-#pragma unroll
-            for (int w = 1; w < block::warps; ++w) sum += sums[w * (steps * 2 * states) + i];
-            A* const to = work.d_projection.row(group, chunk.batch * in.d_y.extent(1) + chunk.first + t) +
-                          (column < states ? 0 : N) + n;
-            *to = round == 0 ? sum : *to + sum;
+          if constexpr (!memory::late) {
+            __syncthreads();
+            add_up(piece * steps, min(chunk.steps, (piece + 1) * steps));
+            __syncthreads();
           }
+        }
+        if constexpr (memory::late) {
           __syncthreads();
+          add_up(0, chunk.steps);
         }
 
         {
-          std::int64_t const c = first_channel + 4 * (thread % quads), count = channels - c;
-          auto const parameter = [&](auto const& v) {
-            return v.present() ? load_some<4>(v.data() + c, count) : pack<A, 4>{};
-          };
+          constexpr int batch = adjoint_batch(turn, 2);
           auto const bias = parameter(in.delta_bias), skip = parameter(in.D);
+          auto const u_of = quad_of(in.u), delta_of = quad_of(in.delta), d_y_of = quad_of(in.d_y);
+          auto const z_of = gated ? quad_of(in.z) : d_y_of;
+          auto const d_u_of = quad_of(d.d_u), d_delta_of = quad_of(d.d_delta), d_z_of = quad_of(d.d_z);
+          bool const d_z_wanted = d.d_z.present();
           pack<A, 4> d_skip{}, d_bias{};
 #pragma unroll 1
-          for (int t = thread / quads; t < chunk.steps; t += threads / quads) {
-            auto const load = [&](auto const& v) { return load_channels(at(v, t), count, in_packs); };
-            auto const u = load(in.u), delta = load(in.delta), d_y = load(in.d_y);
-            auto const z = in.z.present() ? load(in.z) : pack<A, 4>{};
-            auto const adjoint = load_pack<8>(times + (t * width + 4 * (thread % quads)) * 2);
-            auto const y = load_pack<4>(outputs + t * width + 4 * (thread % quads));
-            pack<A, 4> d_u, d_delta, d_z;
+          for (int t0 = thread / quads; t0 < chunk.steps; t0 += batch * turn) {
+            raw_pack<T, 4> u[batch], delta[batch], d_y[batch], z[batch];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              time_step<A> const time(delta[i] + bias[i], in.delta_softplus);
-              A d_sum = d_y[i];
-              if (in.z.present()) {
-                gate<A> const g(z[i]);
-                d_z[i] = d_sum * (y[i] + skip[i] * u[i]) * g.slope;
-                d_sum *= g.value;
-              }
-              d_u[i] = adjoint[2 * i] * time.dt + d_sum * skip[i];
-              d_delta[i] = (adjoint[2 * i] * u[i] + adjoint[2 * i + 1] * A(selective_scan_math::ln_2)) * time.slope;
-              d_skip[i] += d_sum * u[i];
-              d_bias[i] += d_delta[i];
+            for (int k = 0; k < batch; ++k) {
+              int const t = t0 + k * turn;
+              bool const within = t < chunk.steps;
+              u[k] = u_of.fetch(t, within), delta[k] = delta_of.fetch(t, within);
+              d_y[k] = d_y_of.fetch(t, within), z[k] = z_of.fetch(t, within);
             }
-            store_channels(at(d.d_u, t), d_u, count, in_packs);
-            store_channels(at(d.d_delta, t), d_delta, count, in_packs);
-            if (d.d_z.present()) store_channels(at(d.d_z, t), d_z, count, in_packs);
+#pragma unroll
+            for (int k = 0; k < batch; ++k) {
+              int const t = t0 + k * turn;
+              if (t >= chunk.steps) continue;
+              auto const adjoint = load_pack<8>(times + (t * width + 4 * quad) * 2);
+              auto const y = load_pack<4>(outputs + t * width + 4 * quad);
+              pack<A, 4> d_u, d_delta, d_z;
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                A const x = widen(u[k].e[i]);
+                time_step<A> const time(widen(delta[k].e[i]) + bias[i], softplus);
+                gate<A> const g(widen(z[k].e[i]), gating);
+                A const d_gated = widen(d_y[k].e[i]), d_sum = d_gated * g.value;
+                d_z[i] = d_gated * (y[i] + skip[i] * x) * g.slope;
+                d_u[i] = adjoint[2 * i] * time.dt + d_sum * skip[i];
+                d_delta[i] = (adjoint[2 * i] * x + adjoint[2 * i + 1] * A(selective_scan_math::ln_2)) * time.slope;
+                d_skip[i] += d_sum * x;
+                d_bias[i] += d_delta[i];
+              }
+              d_u_of.put(t, d_u);
+              d_delta_of.put(t, d_delta);
+              if (d_z_wanted) d_z_of.put(t, d_z);
+            }
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -390,19 +475,22 @@ void selective_scan_backward(device::cuda const& policy, selective_scan::gradien
       .plan = plan,
   };
   auto const packs = [](auto const&... views) { return (rows_in_packs<4>(views) && ...); };
-  bool const in_packs = packs(in.u, in.delta, in.z, in.d_y, d.d_u, d.d_delta, d.d_z);
-
-  if (plan.cut) {
-    unsigned const tiles = blocks_for(channels, block::channels);
-    std::size_t const bytes =
-        sizeof(A) * static_cast<std::size_t>(adjoint_chunk * (2 * block::channels + block::states));
-    launch(op, policy, {blocks_for(tiles * plan.parts, 1), block::threads, bytes}, scan_adjoint_ends<T, N>, in, work,
-           chunks, tiles, in_packs);
-    launch(op, policy, {blocks_for(channels * N, 64), 64}, scan_adjoint_carry<T, N>, in.A, in.A_is_log, work);
-  }
-  launch(op, policy,
-         {blocks_for(plan.groups * plan.parts, 1), block::threads, sizeof(A) * std::size_t{memory::elements}},
-         scan_backward<T, N>, in, d, work, chunks, in_packs);
+  auto const run = [&](auto in_packs) {
+    if (plan.cut) {
+      std::int64_t const tiles = (channels + block::channels - 1) / block::channels;
+      std::size_t const bytes = sizeof(A) * std::size_t{adjoint_chunk * (2 * block::channels + block::states)};
+      launch(op, policy, {blocks_for(tiles * plan.parts, 1), block::threads, bytes},
+             scan_adjoint_ends<T, N, in_packs()>, in, work, chunks, static_cast<unsigned>(tiles));
+      launch(op, policy, {blocks_for(channels * N, 64), 64}, scan_adjoint_carry<T, N>, in.A, in.A_is_log, work);
+    }
+    launch(op, policy,
+           {blocks_for(plan.groups * plan.parts, 1), block::threads, sizeof(A) * std::size_t{memory::elements}},
+           scan_backward<T, N, in_packs()>, in, d, work, chunks);
+  };
+  if (packs(in.u, in.delta, in.z, in.d_y, d.d_u, d.d_delta, d.d_z) && (N % 4 != 0 || packs(in.B, in.C)))
+    run(std::true_type{});
+  else
+    run(std::false_type{});
   constexpr int each = N % 4 == 0 ? 4 : 1;
   launch(op, policy, {blocks_for(batch * length * 2 * N, 128 * each), 128}, scan_projection_sums<each, T, N>,
          work.d_projection, d.d_B, d.d_C);

@@ -4,7 +4,9 @@
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_exponential_cuda.cuh>
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 /// What the kernels of the backward pass share, and those beside the main one. Instantiated for each T and N in use:
 /// scan_adjoint_ends and scan_adjoint_carry, where sequences are cut into parts; scan_projection_sums and
@@ -15,6 +17,10 @@ template <class T, int N>
 using adjoint_block = selective_scan_tuning::backward_block<N, sizeof(accum_t<T>)>;
 
 inline constexpr int adjoint_chunk = static_cast<int>(selective_scan::chunk_length);
+/// Steps whose inputs a thread has on their way, where threads are `turn` steps apart: at most `most`.
+__host__ __device__ constexpr int adjoint_batch(int turn, int most) {
+  return turn >= adjoint_chunk ? 1 : adjoint_chunk / turn < most ? adjoint_chunk / turn : most;
+}
 
 /// Up to chunk_length steps of one sequence.
 struct scan_chunk {
@@ -76,40 +82,94 @@ struct scan_chunks {
   }
 };
 
-/// Four neighbouring channels of one step, zeros beyond the last channel.
-template <class T>
-__device__ __forceinline__ pack<accum_t<T>, 4> load_channels(T const* p, std::int64_t count, bool in_packs) {
-  return in_packs && count > 0 ? load_pack<4>(p) : load_some<4>(p, count);
-}
-template <class T, class A>
-__device__ __forceinline__ void store_channels(T* p, pack<A, 4> const& x, std::int64_t count, bool in_packs) {
-  if (in_packs && count > 0)
-    store_pack<4>(p, x);
-  else
-    store_some<4>(p, x, count);
-}
+/// Four neighbouring channels of a (B, L, D) tensor, by step of a chunk; `count` of them exist. With Packs, all or none
+/// of them do, and they are one access.
+template <class T, bool Packs>
+struct channel_quad {
+  using A = accum_t<T>;
+  using raw = raw_pack<std::remove_const_t<T>, 4>;
+  char* first;
+  unsigned stride;  ///< bytes
+  int count;
+
+  template <class View>
+  __device__ __forceinline__ channel_quad(View const& x, scan_chunk const& chunk, std::int64_t channel, int n)
+      : first(const_cast<char*>(reinterpret_cast<char const*>(x.row(chunk.batch, chunk.first) + channel))),
+        stride(static_cast<unsigned>(x.stride(1)) * static_cast<unsigned>(sizeof(T))),
+        count(n) {}
+  __device__ __forceinline__ T* at(int t) const {
+    return reinterpret_cast<T*>(first + std::uint64_t{static_cast<unsigned>(t)} * stride);
+  }
+  /// What stands there, zeros where nothing does or `within` is false; widened only when it is used, so that several
+  /// can be on their way.
+  __device__ __forceinline__ raw fetch(int t, bool within) const {
+    raw x;
+#pragma unroll
+    for (int w = 0; w < raw::words; ++w) x.w[w] = {};
+    if constexpr (Packs) {
+      if (within && count > 0) {
+#pragma unroll
+        for (int w = 0; w < raw::words; ++w) x.w[w] = reinterpret_cast<typename raw::word const*>(at(t))[w];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (within && i < count) x.e[i] = at(t)[i];
+    }
+    return x;
+  }
+  __device__ __forceinline__ void put(int t, pack<A, 4> const& x) const {
+    if constexpr (Packs) {
+      if (count > 0) store_pack<4>(at(t), x);
+    } else {
+      store_some<4>(at(t), x, count);
+    }
+  }
+};
+
+/// All bits, or none, to choose between two values that are both computed: a branch would keep the compiler from
+/// interleaving what is done for one element with the next.
+template <class A>
+struct choice {
+  using word = std::conditional_t<sizeof(A) == 4, int, long long>;
+  word mask;
+  __device__ __forceinline__ explicit choice(bool first) : mask(first ? -1 : 0) {
+    if constexpr (sizeof(A) == 4)
+      asm("" : "+r"(mask));  // unknown to the compiler, which would make a branch of it
+    else
+      asm("" : "+l"(mask));
+  }
+  __device__ __forceinline__ A operator()(A a, A b) const {
+    using blackmamba::detail::bits_as;
+    return bits_as<A>((bits_as<word>(a) & mask) | (bits_as<word>(b) & ~mask));
+  }
+};
+
+__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+__device__ __forceinline__ double magnitude(double x) { return ::fabs(x); }
+__device__ __forceinline__ float positive_part(float x) { return fmaxf(x, 0.0f); }
+__device__ __forceinline__ double positive_part(double x) { return ::fmax(x, 0.0); }
 
 /// dt and the derivative of dt with respect to delta: softplus and its slope, 1 / (1 + e^-x) without cancellation.
 template <class A>
 struct time_step {
   A dt, slope;
-  __device__ __forceinline__ time_step(A x, bool softplus) : dt(x), slope(1) {
-    if (!softplus) return;
-    A const e = power_of_two(A(-1.44269504088896340736) * (x < A(0) ? -x : x));
+  __device__ __forceinline__ time_step(A x, choice<A> softplus) {
+    A const e = power_of_two(A(-1.44269504088896340736) * magnitude(x));
     A const r = reciprocal(A(1) + e);
-    dt = (x < A(0) ? A(0) : x) + log1p_unit(e);
-    slope = x < A(0) ? e * r : r;
+    dt = softplus(positive_part(x) + log1p_unit(e), x);  // NaN comes by way of the second term
+    slope = softplus(x < A(0) ? e * r : r, A(1));
   }
 };
-/// silu(z) and its derivative.
+/// silu(z) and its derivative s + z s (1 - s), where 1 - s = s e^-z. Without a gate, one.
 template <class A>
 struct gate {
   A value, slope;
-  __device__ __forceinline__ explicit gate(A z) {
-    A const e = power_of_two(A(-1.44269504088896340736) * (z < A(0) ? -z : z));
-    A const r = reciprocal(A(1) + e), s = z < A(0) ? e * r : r, rest = z < A(0) ? r : e * r;
-    value = z * s;
-    slope = s + z * s * rest;
+  __device__ __forceinline__ gate(A z, choice<A> gated) {
+    A const e = power_of_two(A(-1.44269504088896340736) * magnitude(z));
+    A const r = reciprocal(A(1) + e), er = e * r, s = z < A(0) ? er : r;
+    value = gated(z * s, A(1));
+    slope = s + z * (r * er);
   }
 };
 
@@ -142,24 +202,60 @@ __device__ __forceinline__ void store_lane_states(A* p, int first, bool present,
     if (present && first + n < N) p[first + n] = h[n];
 }
 
-/// Rows of B or C of a chunk in shared memory, (steps, states), zeros where there is nothing.
-template <int Threads, int N, int States, class T, class View>
-__device__ __forceinline__ void stage_projection(View const& from, scan_chunk const& chunk, accum_t<T>* to) {
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < adjoint_chunk * States; i += Threads) {
-    int const t = i / States, n = i % States;
-    to[i] = t < chunk.steps && n < N ? widen(from.row(chunk.batch, chunk.first + t)[n]) : accum_t<T>(0);
+/// Rows of a projection of a chunk, B or C, on their way to shared memory: (steps, states), zeros where there is
+/// nothing.
+template <class T, int N, int States, int Threads, bool Packs>
+struct projection_rows {
+  using A = accum_t<T>;
+  using raw = raw_pack<T, 4>;
+  static constexpr int quads = States / 4, all = adjoint_chunk * quads, each = (all + Threads - 1) / Threads;
+  static constexpr int batch = each < 4 ? each : 4;
+  raw x[batch];
+
+  template <class View>
+  __device__ __forceinline__ void fetch(View const& from, scan_chunk const& chunk, int first) {
+    T const* const rows = from.row(chunk.batch, chunk.first);
+    std::int64_t const stride = from.stride(1);
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      int const i = first + k * Threads, t = i / quads, n = i % quads * 4;
+#pragma unroll
+      for (int w = 0; w < raw::words; ++w) x[k].w[w] = {};
+      if (t >= chunk.steps) continue;
+      T const* const p = rows + t * stride + n;
+      if constexpr (Packs && N % 4 == 0) {
+        if (n < N) {
+#pragma unroll
+          for (int w = 0; w < raw::words; ++w) x[k].w[w] = reinterpret_cast<typename raw::word const*>(p)[w];
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (n + e < N) x[k].e[e] = p[e];
+      }
+    }
   }
-}
+  __device__ __forceinline__ void put(A* to, int first) const {
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      int const i = first + k * Threads;
+      if (all % (batch * Threads) != 0 && i >= all) continue;
+      store_pack<4>(to + 4 * i, pack<A, 4>{widen(x[k].e[0]), widen(x[k].e[1]), widen(x[k].e[2]), widen(x[k].e[3])});
+    }
+  }
+};
+
+/// Asks for the lines of a row to be brought to the second-level cache.
+__device__ __forceinline__ void prefetch_line(void const* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 /// The gradient that reaches the state before each part's first step, where that lies within a sequence: from zero at
 /// the part's end, or from d_final_state where the sequence ends in the part; and the sum of dt, by which what comes
 /// from beyond the part decays: NaN where nothing does.
-template <class T, int N>
-__global__ void __launch_bounds__(adjoint_block<T, N>::threads)
+template <class T, int N, bool Packs>
+__global__ void __launch_bounds__(adjoint_block<T, N>::threads, 512 / adjoint_block<T, N>::threads)
     scan_adjoint_ends(selective_scan::gradient_inputs<device::cuda, T, N> const in,
                       selective_scan::workspace<device::cuda, T> const work, scan_chunks const chunks,
-                      unsigned const tiles, bool const in_packs) {
+                      unsigned const tiles) {
   using block = adjoint_block<T, N>;
   using A = accum_t<T>;
   constexpr int J = block::lane_channels, Q = block::lane_states, width = block::channels, quads = width / 4;
@@ -197,26 +293,43 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads)
   for (std::int64_t number = last; linked && number >= begin; --number) {
     chunks.find(number, s, chunk);
     int const q = thread % quads;
-    std::int64_t const c = first_channel + 4 * q, count = channels - c;
+    std::int64_t const c = first_channel + 4 * q;
+    int const count = static_cast<int>(min(channels - c, std::int64_t{4}));
     auto const bias = in.delta_bias.present() ? load_some<4>(in.delta_bias.data() + c, count) : pack<A, 4>{};
-#pragma unroll 4
-    for (int t = thread / quads; t < adjoint_chunk; t += block::threads / quads) {
-      pack<A, 8> x{};
-      if (t < chunk.steps) {
-        auto const at = [&](auto const& v) {
-          return load_channels(v.row(chunk.batch, chunk.first + t) + c, count, in_packs);
-        };
-        auto const delta = at(in.delta), d_y = at(in.d_y), z = in.z.present() ? at(in.z) : pack<A, 4>{};
+    bool const gated = in.z.present();
+    choice<A> const softplus(in.delta_softplus), gating(gated);
+    channel_quad<T const, Packs> const delta_of(in.delta, chunk, c, count), d_y_of(in.d_y, chunk, c, count);
+    auto const z_of = gated ? channel_quad<T const, Packs>(in.z, chunk, c, count) : d_y_of;
+    constexpr int step = block::threads / quads, batch = adjoint_batch(step, 4);
+#pragma unroll 1
+    for (int t0 = thread / quads; t0 < adjoint_chunk; t0 += batch * step) {
+      raw_pack<T, 4> delta[batch], d_y[batch], z[batch];
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        int const t = t0 + k * step;
+        bool const within = t < chunk.steps;
+        delta[k] = delta_of.fetch(t, within), d_y[k] = d_y_of.fetch(t, within), z[k] = z_of.fetch(t, within);
+      }
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        int const t = t0 + k * step;
+        pack<A, 8> x;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          bool const within = i < count;
-          x[2 * i] = within ? time_step<A>(delta[i] + bias[i], in.delta_softplus).dt : A(0);
-          x[2 * i + 1] = within ? (in.z.present() ? d_y[i] * gate<A>(z[i]).value : d_y[i]) : A(0);
+          A const dt = time_step<A>(widen(delta[k].e[i]) + bias[i], softplus).dt;
+          x[2 * i] = t < chunk.steps ? dt : A(0);
+          x[2 * i + 1] = widen(d_y[k].e[i]) * gate<A>(widen(z[k].e[i]), gating).value;
         }
+        store_pack<8>(times + (t * width + 4 * q) * 2, x);
       }
-      store_pack<8>(times + (t * width + 4 * q) * 2, x);
     }
-    stage_projection<block::threads, N, block::states, T>(in.C, chunk, C);
+    using projection = projection_rows<T, N, block::states, block::threads, Packs>;
+#pragma unroll 1
+    for (int i = thread; i < projection::all; i += projection::batch * block::threads) {
+      projection rows;
+      rows.fetch(in.C, chunk, i);
+      rows.put(C, i);
+    }
     __syncthreads();
     // Steps beyond the chunk's last have dt = 0 and gradient zero: they change nothing.
     int const steps = (chunk.steps + 3) / 4 * 4;

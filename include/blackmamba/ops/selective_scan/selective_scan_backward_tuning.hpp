@@ -12,17 +12,19 @@ namespace blackmamba::selective_scan_tuning {
 /// share `lane_channels` channels and hold `lane_states` states of each. States beyond N are zero.
 template <int N, std::size_t Bytes>
 struct backward_block {
-  static constexpr int threads = N <= 8 || (Bytes > 4 && N <= 128) ? 64 : 128;
+  static constexpr int threads = N <= 8 || Bytes > 4 ? 64 : 128;
   static constexpr int warps = threads / 32;
   static constexpr int states = std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>(N))));
   static constexpr int lane_states = states > 128 ? 8 : 4;
-  static constexpr int lane_channels = 8 / lane_states;
+  static constexpr int lane_channels = lane_states == 8 && Bytes <= 4 ? 1 : 2;
   static constexpr int lanes = states / lane_states;
   /// Channels that a block works on at a time, and how often it takes as many, so that it sums d_B and d_C over 64
   /// channels at least.
   static constexpr int channels = threads / lanes * lane_channels;
   static constexpr int rounds = std::max(1, 64 / channels);
   static constexpr int group_channels = channels * rounds;
+  /// Blocks of a multiprocessor that registers are shared out for: 12 warps.
+  static constexpr int resident = Bytes > 4 ? 1 : 384 / threads;
   /// Steps that are run through forward and back with states and decays in registers.
   static constexpr int steps = 4;
 };
@@ -42,10 +44,10 @@ struct backward_plan {
 /// @param sequences  rows of the batch, or sequences packed in one
 constexpr backward_plan plan_backward(std::int64_t batch, std::int64_t row_chunks, std::int64_t sequences,
                                       std::int64_t channels, std::int64_t group_channels) {
-  constexpr std::int64_t resident = 528;  // blocks of 128 threads that run at once on a large device: 4 on each of 132
-  // Chunks of a part of a row: to find what reaches its end takes a quarter of its own time. Few packed chunks stay
-  // together, whoever they belong to.
-  std::int64_t const fewest = sequences > batch && row_chunks < sequences + 24 ? row_chunks : 4;
+  constexpr std::int64_t resident = 396;  // blocks of 128 threads that run at once on a large device: 3 on each of 132
+  // Few chunks stay together, so that short sequences come out the same in any company.
+  bool const together = row_chunks < (sequences > batch ? sequences + 24 : 8);
+  std::int64_t const fewest = together ? row_chunks : 2;
   backward_plan plan{.groups = (channels + group_channels - 1) / group_channels};
   std::int64_t const blocks = std::max<std::int64_t>(plan.groups * batch, 1);
   std::int64_t const pieces =
