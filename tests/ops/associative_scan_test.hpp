@@ -69,7 +69,7 @@ struct larger {
     return {a.value >= b.value ? a.value : b.value, a.count + b.count,
             a.value >= b.value ? a.place : a.count + b.place};
   }
-  BLACKMAMBA_HD static place_of_largest identity() { return {-std::numeric_limits<float>::infinity(), 0, 0}; }
+  BLACKMAMBA_HD static place_of_largest identity() { return {-INFINITY, 0, 0}; }
 };
 
 /// A sum of floats whose author promised nothing about lanes.
@@ -228,8 +228,9 @@ TEST_CASE_TEMPLATE("associative_scan: equals its definition at every length, for
   check_modes(Operator{}, 2, 9000, 3);
 }
 
-TEST_CASE("associative_scan: 10000 random shapes equal the definition") {
-  for (std::uint64_t i = 0; i < 10000; ++i) {
+TEST_CASE("associative_scan: thousands of random shapes equal the definition") {
+  std::uint64_t const shapes = std::is_same_v<test_space, space::host> ? 10000 : 2500;
+  for (std::uint64_t i = 0; i < shapes; ++i) {
     auto const pick = [&](std::uint64_t what, std::int64_t low, std::int64_t high) {
       return test::random_integer(100 + what, i, low, high);
     };
@@ -362,28 +363,38 @@ TEST_CASE_TEMPLATE("associative_scan: packed sequences give the bits that they g
   }
 }
 
-TEST_CASE("associative_scan: the same bits for any number of threads") {
-  if constexpr (requires(test_policy p) { p.threads; }) {
-    auto const values = test::random_normal(120000, 1);
-    std::vector<float> const x(values.begin(), values.end());
-    std::vector<std::int64_t> const uneven{0, 10, 90000, 90000, 120000};
-    for (int threads : {2, 3, 7}) {
-      test_policy one = make_policy(), many = make_policy();
-      one.threads = 1;
-      many.threads = threads;
-      auto const check = [&](auto op, mode<float> const& how) {
-        require_equal(run_rows<float>(op, x, 1, 120000, how, many), run_rows<float>(op, x, 1, 120000, how, one));
-        require_equal(run_channels<float>(op, x, 1, 24000, 5, {.reverse = how.reverse}, many),
-                      run_channels<float>(op, x, 1, 24000, 5, {.reverse = how.reverse}, one));
-        require_equal(run_channels<float>(op, x, 3, 100, 400, {.reverse = how.reverse}, many),
-                      run_channels<float>(op, x, 3, 100, 400, {.reverse = how.reverse}, one));
-      };
-      check(plain_sum{}, {});
-      check(plain_sum{}, {.reverse = true, .cu = uneven});
-      check(scan_operator::sum<float>{}, {});
-      check(scan_operator::sum<float>{}, {.reverse = true, .cu = uneven});
+TEST_CASE_TEMPLATE("associative_scan: the same bits in every run, for any number of threads", P, test_policy) {
+  constexpr bool threaded = requires(P policy) { policy.threads; };
+  auto const values = test::random_normal(120000, 1);
+  std::vector<float> const x(values.begin(), values.end());
+  std::vector<std::int64_t> const uneven{0, 10, 90000, 90000, 120000};
+  auto const check_again = [&](test_policy const& policy) {
+    auto const check = [&](auto op, mode<float> const& how) {
+      require_equal(run_rows<float>(op, x, 1, 120000, how, policy), run_rows<float>(op, x, 1, 120000, how));
+      require_equal(run_channels<float>(op, x, 1, 24000, 5, {.reverse = how.reverse}, policy),
+                    run_channels<float>(op, x, 1, 24000, 5, {.reverse = how.reverse}));
+      require_equal(run_channels<float>(op, x, 3, 100, 400, {.reverse = how.reverse}, policy),
+                    run_channels<float>(op, x, 3, 100, 400, {.reverse = how.reverse}));
+    };
+    check(plain_sum{}, {});
+    check(plain_sum{}, {.reverse = true, .cu = uneven});
+    check(scan_operator::sum<float>{}, {});
+    check(scan_operator::sum<float>{}, {.reverse = true, .cu = uneven});
+  };
+  check_again(make_policy());
+  if constexpr (threaded)
+    for (int threads : {1, 2, 3, 7}) {
+      P policy = make_policy();
+      policy.threads = threads;
+      check_again(policy);
     }
-  }
+}
+
+TEST_CASE_TEMPLATE("associative_scan: one long sequence, of elements small and large", Operator, whole_sum,
+                   matrix_product, concatenation, plain_sum) {
+  check_modes(Operator{}, 1, 300001, 1);
+  check_modes(Operator{}, 1, 40001, 2);
+  check_modes(Operator{}, 300, 3001, 1);
 }
 
 TEST_CASE("associative_scan: takes slices and works in place") {
@@ -421,13 +432,14 @@ TEST_CASE("associative_scan: scratch is what scratch_bytes says") {
     CHECK(exact.used() == 0);
   };
   check(zeros<float>(make_policy(), 3, 100), 0);  // one block each: nothing is handed on
-  check(zeros<float>(make_policy(), 2, 50000), associative_scan::scratch_bytes<float>(2, 50000));
-  check(zeros<float>(make_policy(), 2, 5000, 300), associative_scan::scratch_bytes<float>(2, 5000, 300, 0));
-  CHECK(associative_scan::scratch_bytes<float>(2, 50000) > 0);
+  check(zeros<float>(make_policy(), 2, 50000), associative_scan::scratch_bytes<float, test_space>(2, 50000));
+  check(zeros<float>(make_policy(), 2, 5000, 300), associative_scan::scratch_bytes<float, test_space>(2, 5000, 300, 0));
+  CHECK(associative_scan::scratch_bytes<float, test_space>(2, 50000) > 0);
 }
 
-TEST_CASE("associative_scan: an operator's exception reaches the caller, on any number of threads") {
-  if constexpr (requires(test_policy p) { p.threads; }) {
+TEST_CASE_TEMPLATE("associative_scan: an operator's exception reaches the caller, on any number of threads", P,
+                   test_policy) {
+  if constexpr (requires(P policy) { policy.threads; }) {
     struct failing_sum {
       float operator()(float a, float b) const {
         if (b == 7) throw std::runtime_error("seven");
@@ -440,7 +452,7 @@ TEST_CASE("associative_scan: an operator's exception reaches the caller, on any 
       auto with_seven = x;
       with_seven[at] = 7;
       for (int threads : {1, 2, 4}) {
-        test_policy policy = make_policy();
+        P policy = make_policy();
         policy.threads = threads;
         CHECK(test::message_of<std::runtime_error>(
                   [&] { run_rows<float>(failing_sum{}, with_seven, 1, 100000, {}, policy); }) == "seven");

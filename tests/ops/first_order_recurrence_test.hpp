@@ -236,8 +236,9 @@ TEST_CASE("first_order_recurrence: gradients equal central differences") {
       }
 }
 
-TEST_CASE("first_order_recurrence: 10000 random shapes equal the definition") {
-  for (std::uint64_t i = 0; i < 10000; ++i) {
+TEST_CASE("first_order_recurrence: thousands of random shapes equal the definition") {
+  std::uint64_t const shapes = std::is_same_v<test_space, space::host> ? 10000 : 2500;
+  for (std::uint64_t i = 0; i < shapes; ++i) {
     auto const pick = [&](std::uint64_t what, std::int64_t low, std::int64_t high) {
       return test::random_integer(100 + what, i, low, high);
     };
@@ -364,33 +365,67 @@ TEST_CASE("first_order_recurrence: steps are forward") {
   test::check_equal(test::download(state), whole.final_state, "state");
 }
 
-TEST_CASE("first_order_recurrence: the same bits for any number of threads") {
-  if constexpr (requires(test_policy policy) { policy.threads; }) {
-    auto const check_shape_of = [](problem const& p, bool rows) {
-      data x(p);
-      x.round<float>();
-      auto const d_h = test::random_normal(p.size(), 9);
-      test_policy policy = make_policy();
-      policy.threads = 1;
-      auto const one = run<float>(p, rows, x.a, x.b, x.initial, policy);
-      auto const gradient = run_backward<float>(p, rows, x.a, one.h, d_h, x.initial, x.d_final, policy);
-      for (int threads : {2, 3, 7}) {
-        policy.threads = threads;
-        auto const many = run<float>(p, rows, x.a, x.b, x.initial, policy);
-        test::check_equal(many.h, one.h, "h");
-        test::check_equal(many.final_state, one.final_state, "final_state");
-        auto const g = run_backward<float>(p, rows, x.a, one.h, d_h, x.initial, x.d_final, policy);
-        test::check_equal(g.d_a, gradient.d_a, "d_a");
-        test::check_equal(g.d_b, gradient.d_b, "d_b");
-        test::check_equal(g.d_initial_state, gradient.d_initial_state, "d_initial_state");
-      }
-    };
-    check_shape_of({.batch = 1, .length = 100000}, true);
-    check_shape_of({.batch = 40, .length = 9000}, true);
-    check_shape_of({.batch = 1, .length = 100000, .cu = {0, 5, 80000, 80000, 100000}, .reverse = true}, true);
-    check_shape_of({.batch = 1, .length = 10000, .channels = 5}, false);
-    check_shape_of({.batch = 2, .length = 600, .channels = 300, .reverse = true}, false);
+TEST_CASE_TEMPLATE("first_order_recurrence: the same bits in every run, for any number of threads", P, test_policy) {
+  std::vector<P> policies{make_policy()};
+  if constexpr (requires(P policy) { policy.threads; })
+    for (int threads : {1, 2, 3, 7}) {
+      policies.push_back(make_policy());
+      policies.back().threads = threads;
+    }
+  auto const check_shape_of = [&](problem const& p, bool rows) {
+    data x(p);
+    x.round<float>();
+    auto const d_h = test::random_normal(p.size(), 9);
+    auto const one = run<float>(p, rows, x.a, x.b, x.initial);
+    auto const gradient = run_backward<float>(p, rows, x.a, one.h, d_h, x.initial, x.d_final);
+    for (auto const& policy : policies) {
+      auto const many = run<float>(p, rows, x.a, x.b, x.initial, policy);
+      test::check_equal(many.h, one.h, "h");
+      test::check_equal(many.final_state, one.final_state, "final_state");
+      auto const g = run_backward<float>(p, rows, x.a, one.h, d_h, x.initial, x.d_final, policy);
+      test::check_equal(g.d_a, gradient.d_a, "d_a");
+      test::check_equal(g.d_b, gradient.d_b, "d_b");
+      test::check_equal(g.d_initial_state, gradient.d_initial_state, "d_initial_state");
+    }
+  };
+  check_shape_of({.batch = 1, .length = 100000}, true);
+  check_shape_of({.batch = 40, .length = 9000}, true);
+  check_shape_of({.batch = 1, .length = 100000, .cu = {0, 5, 80000, 80000, 100000}, .reverse = true}, true);
+  check_shape_of({.batch = 1, .length = 10000, .channels = 5}, false);
+  check_shape_of({.batch = 2, .length = 600, .channels = 300, .reverse = true}, false);
+}
+
+TEST_CASE("first_order_recurrence: a sequence has its own bits, among however many") {
+  // More sequences than a device has blocks for, of more than one block each, and of several groups of blocks.
+  for (bool rows : {true, false}) {
+    problem const p{.batch = 600, .length = rows ? 9001 : 700, .channels = rows ? 1 : 2};
+    data x(p);
+    x.round<float>();
+    auto const d_h = test::random_normal(p.size(), 9);
+    auto const all = run<float>(p, rows, x.a, x.b, x.initial);
+    auto const gradient = run_backward<float>(p, rows, x.a, all.h, d_h, x.initial, x.d_final);
+    problem one = p;
+    one.batch = 1;
+    std::array<std::int64_t, 3> const some{0, 1, p.batch - 1};
+    for (std::int64_t s : some) {
+      auto const of = [&](values const& v) { return part(v, s * one.size(), (s + 1) * one.size()); };
+      auto const state = [&](values const& v) { return part(v, s * p.channels, (s + 1) * p.channels); };
+      auto const alone = run<float>(one, rows, of(x.a), of(x.b), state(x.initial));
+      test::check_equal(of(all.h), alone.h, "h");
+      test::check_equal(state(all.final_state), alone.final_state, "final_state");
+      auto const g = run_backward<float>(one, rows, of(x.a), of(all.h), of(d_h), state(x.initial), state(x.d_final));
+      test::check_equal(of(gradient.d_a), g.d_a, "d_a");
+      test::check_equal(of(gradient.d_b), g.d_b, "d_b");
+    }
   }
+}
+
+TEST_CASE("first_order_recurrence: one long sequence is the plain loop") {
+  for (bool rows : {true, false})
+    for (bool reverse : {false, true}) {
+      check<float>({.batch = 1, .length = rows ? 2200001 : 150001, .channels = rows ? 1 : 3, .reverse = reverse}, rows);
+      check<bfloat16>({.batch = 1, .length = 100001, .channels = rows ? 1 : 3, .reverse = reverse}, rows);
+    }
 }
 
 TEST_CASE("first_order_recurrence: a result larger than the caches is the same one") {
@@ -445,7 +480,7 @@ TEST_CASE("first_order_recurrence: scratch is what scratch_bytes says") {
   auto const a = zeros<float>(make_policy(), 2, 5000, 300);
   auto h = zeros<float>(make_policy(), 2, 5000, 300), d_a = zeros<float>(make_policy(), 2, 5000, 300);
   auto d_b = zeros<float>(make_policy(), 2, 5000, 300);
-  std::size_t const bytes = first_order_recurrence::scratch_bytes<float>(2, 5000, 300, 0);
+  std::size_t const bytes = first_order_recurrence::scratch_bytes<float, test_space>(2, 5000, 300, 0);
   auto measure = arena<test_space>::measuring();
   device::dry<test_policy> const dry{.workspace = &measure};
   first_order_recurrence::forward(dry, {.a = a, .b = a}, h);

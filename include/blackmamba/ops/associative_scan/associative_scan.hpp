@@ -33,6 +33,7 @@ concept associative_operator = requires(Operator const& op, scan_element<Operato
 /// The element type E is what identity() returns; it is trivially copyable. x may hold any type that converts to E
 /// explicitly, y any that E converts to; between storage types (float, double, bfloat16, half) values are widened and
 /// rounded. An operator with `lane_wise = true` (associative_scan_math.hpp) is vectorised along rows.
+/// On cuda the operator's functions, and conversions of its own types, are __host__ __device__ (BLACKMAMBA_HD).
 ///
 /// Combinations are grouped in blocks of fixed length counted from each row's (sequence's) first visited element: the
 /// result is bitwise repeatable, independent of the number of threads and of neighbouring rows, and for operators that
@@ -49,7 +50,7 @@ struct associative_scan {
     scan_state<P, E, Rank> total = {};          // (R|S) or (B|S, D)  optional, out; must not alias initial
     in<P, std::int64_t, dyn> cu_seqlens = {};   // (S+1)  optional; R or B is 1; from 0 to L, non-decreasing
   };
-  /// y may be x where both hold the same type. scratch_bytes<E>(extents of y, S) of scratch.
+  /// y may be x where both hold the same type. scratch_bytes<E, Space>(extents of y, S) of scratch. Asynchronous on cuda.
   template <device_policy P, class Operator, class X, class Y, int... N, int... M>
     requires(sizeof...(N) == sizeof...(M) && (sizeof...(N) == 2 || sizeof...(N) == 3))
   static void forward(P const& policy, Operator const& op, view<typename P::memory_space, X, N...> x,
@@ -84,19 +85,22 @@ struct associative_scan {
                                              scan_view<P, Y, sizeof...(M)>(y), how, memory.carries, memory.flags);
   }
 
-  /// Bytes of scratch for y (R, L), with S packed sequences where there are any.
-  template <class E>
+  /// Bytes of scratch for y (R, L), with S packed sequences where there are any, under policies of a memory space.
+  template <class E, class Space = space::host>
   static std::size_t scratch_bytes(std::int64_t rows, std::int64_t length, std::int64_t packed = 0) {
-    return scan_shape(2, rows, length, 1, packed).template scratch_bytes<E>();
+    return scan_shape(2, rows, length, 1, packed).template scratch_bytes<E, Space>();
   }
   /// The same for y (B, L, D).
-  template <class E>
+  template <class E, class Space = space::host>
   static std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,
                                    std::int64_t packed) {
-    return scan_shape(3, batch, length, channels, packed).template scratch_bytes<E>();
+    return scan_shape(3, batch, length, channels, packed).template scratch_bytes<E, Space>();
   }
 };
 
 }  // namespace blackmamba
 
 #include <blackmamba/ops/associative_scan/associative_scan_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/associative_scan/associative_scan_cuda.cuh>
+#endif

@@ -33,7 +33,7 @@ struct first_order_recurrence {
     bool reverse = false;
   };
   /// h may be a or b. final_state, where wanted: h after the last step (before rounding to T); of an empty sequence,
-  /// its initial state; must not alias initial_state. scratch_bytes<T>(extents of h, S) of scratch.
+  /// its initial state; must not alias initial_state. scratch_bytes<T, Space>(extents of h, S) of scratch.
   template <device_policy P, storage T, int... N>
     requires(sizeof...(N) == 2 || sizeof...(N) == 3)
   static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T, sizeof...(N)>> const& in,
@@ -45,7 +45,7 @@ struct first_order_recurrence {
     shape.check_state("initial_state", in.initial_state);
     shape.check_state("final_state", final_state);
     if (shape.states() == 0) return;
-    scan_scratch<P, accum_t<T>> memory(policy, shape);
+    scan_scratch<P, handed_on<T, typename P::memory_space>> memory(policy, shape);
     backend_of<first_order_recurrence, P>::forward(policy, in, scan_view<P, T, sizeof...(N)>(h), final_state,
                                                    memory.carries, memory.flags);
   }
@@ -64,7 +64,7 @@ struct first_order_recurrence {
   ///   d_a_t = d_b_t h_{t-1}
   ///   d_initial_state = a_0 d_b_0         (optional; of an empty sequence d_final_state)
   /// (in reverse t+1 and t-1 change places). Overwrites. d_b may be d_h; nothing else may alias.
-  /// scratch_bytes<T>(extents of d_a, S) of scratch.
+  /// scratch_bytes<T, Space>(extents of d_a, S) of scratch.
   template <device_policy P, storage T, int... N>
     requires(sizeof...(N) == 2 || sizeof...(N) == 3)
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, sizeof...(N)>> const& in,
@@ -80,7 +80,7 @@ struct first_order_recurrence {
     shape.check_state("d_final_state", in.d_final_state);
     shape.check_state("d_initial_state", d_initial_state);
     if (shape.states() == 0) return;
-    scan_scratch<P, accum_t<T>> memory(policy, shape);
+    scan_scratch<P, handed_on<T, typename P::memory_space>> memory(policy, shape);
     backend_of<first_order_recurrence, P>::backward(policy, in, scan_view<P, T, sizeof...(N)>(d_a), d_b,
                                                     d_initial_state, memory.carries, memory.flags);
   }
@@ -101,19 +101,27 @@ struct first_order_recurrence {
     if (h.size() > 0) backend_of<first_order_recurrence, P>::step(policy, in, state, h);
   }
 
-  /// Bytes of scratch for rows (R, L), with S packed sequences where there are any.
-  template <storage T>
+  /// Bytes of scratch for rows (R, L), with S packed sequences where there are any, under policies of a memory space.
+  template <storage T, class Space = space::host>
   static std::size_t scratch_bytes(std::int64_t rows, std::int64_t length, std::int64_t packed = 0) {
-    return scan_shape(2, rows, length, 1, packed).template scratch_bytes<accum_t<T>>();
+    return scan_shape(2, rows, length, 1, packed).template scratch_bytes<handed_on<T, Space>, Space>();
   }
   /// The same for (B, L, D).
-  template <storage T>
+  template <storage T, class Space = space::host>
   static std::size_t scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,
                                    std::int64_t packed) {
-    return scan_shape(3, batch, length, channels, packed).template scratch_bytes<accum_t<T>>();
+    return scan_shape(3, batch, length, channels, packed).template scratch_bytes<handed_on<T, Space>, Space>();
   }
+
+ private:
+  /// What blocks hand on: on the host the state, on a device, where they run together, the map.
+  template <class T, class Space>
+  using handed_on = std::conditional_t<std::is_same_v<Space, space::host>, accum_t<T>, affine<accum_t<T>>>;
 };
 
 }  // namespace blackmamba
 
 #include <blackmamba/ops/associative_scan/first_order_recurrence_cpu.hpp>
+#if BLACKMAMBA_CUDA
+#include <blackmamba/ops/associative_scan/first_order_recurrence_cuda.cuh>
+#endif

@@ -54,6 +54,33 @@ struct scan_blocks {
   }
 };
 
+/// The same on a device, where a tile is what a block of threads holds in registers. Tiles hand on through three levels
+/// of totals (32 tiles are a group, 32 groups the third), whose shape depends on nothing but a tile's place in its
+/// sequence.
+struct scan_tiles {
+  static constexpr int levels = 3;
+  static constexpr std::int64_t threads = 256;
+  /// Packs that a thread holds of a row, and how many elements make one of 16 bytes.
+  template <class E>
+  static constexpr int packs = sizeof(E) <= 16 ? 4 : sizeof(E) <= 32 ? 2 : 1;
+  template <class X>
+  static constexpr int pack_width = sizeof(X) <= 8 && std::has_single_bit(sizeof(X)) ? static_cast<int>(16 / sizeof(X))
+                                                                                    : 1;
+  /// Steps that a thread holds of a channel, and how many warps share a tile of 32 channels.
+  template <class E>
+  static constexpr int steps = sizeof(E) <= 8 ? 16 : sizeof(E) <= 16 ? 8 : sizeof(E) <= 64 ? 4 : 1;
+  template <class E>
+  static constexpr int warps = sizeof(E) <= 64 ? 8 : 1;
+  /// The shortest tiles of any scan with elements E: of rows, of channels.
+  template <class E>
+  static constexpr std::int64_t of_rows = threads * packs<E> / 2;
+  template <class E>
+  static constexpr std::int64_t of_channels = std::max(1, warps<E> * steps<E> / 2);
+  /// Elements so small are handed on together with their flag, as 16 bytes.
+  template <class E>
+  static constexpr bool with_flag = sizeof(E) <= 12;
+};
+
 /// Extents of a scan, taken from its result, against which the other arguments are checked.
 class scan_shape {
  public:
@@ -93,22 +120,35 @@ class scan_shape {
   std::int64_t states() const { return sequences() * channels_; }
 
   /// Blocks that hand a value on; none where every sequence is one block.
-  template <class E>
+  template <class E, class Space = space::host>
   std::int64_t blocks() const {
-    std::int64_t const steps = rank_ == 2 ? scan_blocks::of_rows<E>() : scan_blocks::of_channels<E>(channels_);
+    std::int64_t steps = 0;
+    if constexpr (std::is_same_v<Space, space::host>)
+      steps = rank_ == 2 ? scan_blocks::of_rows<E>() : scan_blocks::of_channels<E>(channels_);
+    else
+      steps = rank_ == 2 ? scan_tiles::of_rows<E> : scan_tiles::of_channels<E>;
     if (length_ <= steps) return 0;
     return is_packed_ ? length_ / steps + packed_ : batch_ * ((length_ + steps - 1) / steps);
   }
-  template <class E>
-  std::int64_t tiles() const {
-    return (channels_ + scan_blocks::channel_tile<E> - 1) / scan_blocks::channel_tile<E>;
-  }
   std::int64_t channels() const { return channels_; }
-  template <class E>
+  /// Rows of `channels` elements that blocks hand on, and their flags.
+  template <class E, class Space = space::host>
+  std::int64_t carries() const {
+    if constexpr (std::is_same_v<Space, space::host>) return blocks<E>();
+    return scan_tiles::with_flag<E> && rank_ == 2 ? 0 : scan_tiles::levels * blocks<E, Space>();
+  }
+  template <class E, class Space = space::host>
+  std::int64_t flags() const {
+    if constexpr (std::is_same_v<Space, space::host>)
+      return blocks<E>() * ((channels_ + scan_blocks::channel_tile<E> - 1) / scan_blocks::channel_tile<E>);
+    std::int64_t const each = rank_ == 2 ? (scan_tiles::with_flag<E> ? 4 : 1) : (channels_ + 31) / 32;
+    return scan_tiles::levels * blocks<E, Space>() * each + 1;  // the last one counts tiles that blocks took
+  }
+  template <class E, class Space = space::host>
   std::size_t scratch_bytes() const {
-    if (blocks<E>() == 0) return 0;
-    return scratch_sum(sizeof(E) * static_cast<std::size_t>(blocks<E>() * channels_),
-                       sizeof(std::int32_t) * static_cast<std::size_t>(blocks<E>() * tiles<E>()));
+    if (blocks<E, Space>() == 0) return 0;
+    return scratch_sum(sizeof(E) * static_cast<std::size_t>(carries<E, Space>() * channels_),
+                       sizeof(std::int32_t) * static_cast<std::size_t>(flags<E, Space>()));
   }
 
  private:
@@ -121,13 +161,14 @@ class scan_shape {
 /// What blocks hand on: for each block and channel an element, and for each block and channel tile a flag.
 template <device_policy P, class E>
 struct scan_scratch {
-  scan_scratch(P const& policy, scan_shape const& shape) : memory_(policy, shape.scratch_bytes<E>()) {
-    if (shape.blocks<E>() == 0) return;
-    carries = memory_.template allocate<E>(shape.blocks<E>(), shape.channels());
-    flags = memory_.template allocate<std::int32_t>(shape.blocks<E>() * shape.tiles<E>());
+  using space_type = typename P::memory_space;
+  scan_scratch(P const& policy, scan_shape const& shape) : memory_(policy, shape.scratch_bytes<E, space_type>()) {
+    if (shape.blocks<E, space_type>() == 0) return;
+    carries = memory_.template allocate<E>(shape.carries<E, space_type>(), shape.channels());
+    flags = memory_.template allocate<std::int32_t>(shape.flags<E, space_type>());
   }
-  view<typename P::memory_space, E, dyn, dyn> carries;         // (blocks, D)
-  view<typename P::memory_space, std::int32_t, dyn> flags;     // (blocks * tiles)
+  view<space_type, E, dyn, dyn> carries;
+  view<space_type, std::int32_t, dyn> flags;
 
  private:
   scratch<P> memory_;
