@@ -74,8 +74,8 @@ __device__ __forceinline__ void sum_over_lanes(A (&x)[M], int lanes, A* memory) 
   }
 }
 
-/// The sum of a row's elements and the sum of their squares, or with Centred of the squares of their differences from the
-/// mean, with one barrier of the block. For that each warp takes differences from the mean of its own part, and
+/// The sum of a row's elements and the sum of their squares, or with Centred of the squares of their differences from
+/// the mean, with one barrier of the block. For that each warp takes differences from the mean of its own part, and
 /// sum (s - mean)^2 = sum over warps of [sum (s - mean_w)^2 + count_w (mean_w - mean)^2].
 template <bool Centred, class A>
 struct row_moments {
