@@ -115,70 +115,94 @@ struct cursor {
 
 }  // namespace mma
 
-/// Stores a warp's 16 rows of a result: sum[j] is the fragment of columns 8 j on. `wide`: 16-bit rows of C take stores
-/// of 16 bytes.
-template <class TC, int Tiles>
-__device__ __forceinline__ void store_fragments(float (&sum)[Tiles][4], TC* c, std::int64_t ldc, std::int64_t rows_left,
-                                                std::int64_t columns_left, float const* bias, bool accumulate,
-                                                bool wide) {
+/// Stores 16 rows and 64 columns of a warp's result: sum[First + j] is the fragment of columns 8 j on. Whole: all of
+/// them lie in C, whose rows take the widest stores; what C holds is then read in one go. Adds: there is code for
+/// `accumulate`.
+template <bool Whole, bool Adds, int First, class TC, int Tiles>
+__device__ __forceinline__ void store_columns(float (&sum)[Tiles][4], TC* c, std::int64_t ldc, std::int64_t rows_left,
+                                              std::int64_t columns_left, float const* bias, bool accumulate) {
   int const lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, pair = lane % 4 * 2;
   if (bias)
 #pragma unroll
-    for (int j = 0; j < Tiles; ++j)
+    for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float const add = 8 * j + pair + e < columns_left ? bias[8 * j + pair + e] : 0.0f;
-        sum[j][e] += add;
-        sum[j][2 + e] += add;
+        float const add = Whole || 8 * j + pair + e < columns_left ? bias[8 * j + pair + e] : 0.0f;
+        sum[First + j][e] += add;
+        sum[First + j][2 + e] += add;
       }
-  if (accumulate)
+  if (Adds && accumulate) {
+    constexpr int together = sizeof(TC) == 2 ? 2 : 16;  // pairs on their way: registers are scarce
 #pragma unroll
-    for (int high = 0; high < 2; ++high)
+    for (int first = 0; first < 16; first += together) {
+      pack<float, 2> held[together];
 #pragma unroll
-      for (int j = 0; j < Tiles; ++j) {
-        int const row = r + 8 * high, column = 8 * j + pair;
+      for (int i = 0; i < together; ++i) {
+        int const row = r + (first + i) / 8 * 8, column = (first + i) % 8 * 8 + pair;
         TC const* const from = c + row * ldc + column;
-        pack<float, 2> held = {};
-        if (row < rows_left)
-          held = wide && column + 2 <= columns_left ? load_pack<2>(from) : load_some<2>(from, columns_left - column);
-        sum[j][2 * high] += held[0];
-        sum[j][2 * high + 1] += held[1];
+        if constexpr (Whole)
+          held[i] = load_pack<2>(from);
+        else
+          held[i] = load_some<2>(from, row < rows_left ? columns_left - column : 0);
       }
+#pragma unroll
+      for (int i = 0; i < together; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sum[First + (first + i) % 8][(first + i) / 8 * 2 + e] += held[i][e];
+    }
+  }
 #pragma unroll
   for (int high = 0; high < 2; ++high) {
-    int const row = r + 8 * high;
+    bool const inside = Whole || r + 8 * high < rows_left;
+    TC* const row = c + (r + 8 * high) * ldc;
     if constexpr (sizeof(TC) == 2) {
 #pragma unroll
-      for (int j = 0; j < Tiles; j += 4) {
+      for (int j = 0; j < 8; j += 4) {
         std::uint32_t w[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = packed_pair<TC>(sum[j + i][2 * high], sum[j + i][2 * high + 1]);
+        for (int i = 0; i < 4; ++i)
+          w[i] = packed_pair<TC>(sum[First + j + i][2 * high], sum[First + j + i][2 * high + 1]);
         transpose_in_quad(w);
         int const column = 8 * (j + lane % 4);
-        TC* const to = c + row * ldc + column;
-        if (row >= rows_left) continue;
-        if (wide && column + 8 <= columns_left) {
-          *reinterpret_cast<uint4*>(to) = make_uint4(w[0], w[1], w[2], w[3]);
+        if constexpr (Whole) {
+          *reinterpret_cast<uint4*>(row + column) = make_uint4(w[0], w[1], w[2], w[3]);
         } else {
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            if (column + i < columns_left) to[i].bits = static_cast<std::uint16_t>(w[i / 2] >> 16 * (i % 2));
+            if (inside && column + i < columns_left)
+              row[column + i].bits = static_cast<std::uint16_t>(w[i / 2] >> 16 * (i % 2));
         }
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < Tiles; ++j) {
+      for (int j = 0; j < 8; ++j) {
         int const column = 8 * j + pair;
-        TC* const to = c + row * ldc + column;
-        if (row >= rows_left) continue;
-        if (wide && column + 2 <= columns_left) {
-          *reinterpret_cast<float2*>(to) = make_float2(sum[j][2 * high], sum[j][2 * high + 1]);
+        float const low = sum[First + j][2 * high], next = sum[First + j][2 * high + 1];
+        if constexpr (Whole) {
+          *reinterpret_cast<float2*>(row + column) = make_float2(low, next);
         } else {
-          if (column < columns_left) to[0] = sum[j][2 * high];
-          if (column + 1 < columns_left) to[1] = sum[j][2 * high + 1];
+          if (inside && column < columns_left) row[column] = low;
+          if (inside && column + 1 < columns_left) row[column + 1] = next;
         }
       }
     }
+  }
+}
+
+/// Stores a warp's 16 rows of a result: sum[j] is the fragment of columns 8 j on. `wide`: rows of C take the widest
+/// stores.
+template <bool Adds, int First = 0, class TC, int Tiles>
+__device__ __forceinline__ void store_fragments(float (&sum)[Tiles][4], TC* c, std::int64_t ldc, std::int64_t rows_left,
+                                                std::int64_t columns_left, float const* bias, bool accumulate,
+                                                bool wide) {
+  if constexpr (First < Tiles) {
+    if (rows_left <= 0 || columns_left <= 0) return;
+    if (wide && rows_left >= 16 && columns_left >= 64)
+      store_columns<true, Adds, First>(sum, c, ldc, rows_left, columns_left, bias, accumulate);
+    else
+      store_columns<false, Adds, First>(sum, c, ldc, rows_left, columns_left, bias, accumulate);
+    store_fragments<Adds, First + 8>(sum, c + 64, ldc, rows_left, columns_left - 64, bias ? bias + 64 : nullptr,
+                                     accumulate, wide);
   }
 }
 
@@ -258,8 +282,8 @@ __global__ void __launch_bounds__(mma::threads, 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         std::int64_t const row = t.row + warp_row + 16 * i;
-        store_fragments(sum[i], c + row * x.ldc + column, x.ldc, t.row_end - row, x.n - column, bias,
-                        x.mode == update::accumulate, wide);
+        store_fragments<true>(sum[i], c + row * x.ldc + column, x.ldc, t.row_end - row, x.n - column, bias,
+                              x.mode == update::accumulate, wide);
       }
     now.next_tile(x);
   }

@@ -9,9 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
-/// C = A B^T of 16-bit operands where one of A and B has few rows: reading the other one is all there is to do. A
-/// decoding step streams its weights past a few tokens (with groups: those of the experts that have any), a router its
-/// tokens past a few weights.
+/// C = A B^T of 16-bit operands where A has few rows: reading B is all there is to do. A decoding step streams its
+/// weights past a few tokens (with groups: those of the experts that have any).
 ///
 /// The rows of both operands go from memory to matrix fragments directly: a lane reads 16 bytes of a row, which hold
 /// its elements for two products of depth 16. That takes the depth in another order than stored, the same in both
@@ -24,12 +23,28 @@ inline constexpr int tile = 16;     // rows of the operand that has many
 inline constexpr int depth = 32;    // of a step
 inline constexpr int unrolled = 4;  // steps whose loads are under way together
 
+/// 16 bytes at p, or zeros. Volatile: loads stay ahead of the products in the program, so that they are under way
+/// together.
 __device__ __forceinline__ uint4 load_chunk(void const* p, bool inside) {
-  return inside ? __ldg(static_cast<uint4 const*>(p)) : make_uint4(0, 0, 0, 0);
+  uint4 v;
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@inside ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(static_cast<int>(inside)));
+  return v;
 }
 /// Of an operand that is read once.
 __device__ __forceinline__ uint4 stream_chunk(void const* p, bool inside) {
-  return inside ? __ldcs(static_cast<uint4 const*>(p)) : make_uint4(0, 0, 0, 0);
+  uint4 v;
+  asm volatile(
+      "{\n.reg .pred inside;\nsetp.ne.b32 inside, %5, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@inside ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(static_cast<int>(inside)));
+  return v;
 }
 
 /// sum[j] (16, 8) += rows of `many` times rows [8 j, 8 j + 8) of `few`, over the steps first, first + every, ... of the
@@ -103,42 +118,6 @@ __global__ void __launch_bounds__(256) narrow_rows_product(product<T, T, TC> x, 
   }
 }
 
-/// Many rows of A, at most 8 Across of B: each of a block's four warps has 16 rows of A.
-template <class T, class TC, int Across>
-__global__ void __launch_bounds__(128) narrow_columns_product(product<T, T, TC> x, bool wide) {
-  std::int64_t const row = (std::int64_t{blockIdx.x} * 4 + threadIdx.x / 32) * narrow::tile;
-  if (row >= x.m) return;
-  float sum[Across][4] = {};
-  narrow::add_steps<T, Across>(sum, x.a + row * x.lda, x.lda, x.m - row, x.b, x.ldb, x.n, x.k, 0, 1);
-  int const lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (int j = 0; j < Across; ++j)
-#pragma unroll
-    for (int high = 0; high < 2; ++high) {
-      std::int64_t const r = row + lane / 4 + 8 * high;
-      int const column = 8 * j + lane % 4 * 2;
-      if (r >= x.m || column >= x.n) continue;
-      TC* const c = x.c + r * x.ldc + column;
-      float v[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        v[e] = sum[j][2 * high + e];
-        if (column + e >= x.n) continue;
-        if (x.bias) v[e] += x.bias[column + e];
-        if (x.mode == update::accumulate) v[e] += convert<float>(c[e]);
-      }
-      if (wide && column + 1 < x.n) {
-        if constexpr (sizeof(TC) == 2)
-          *reinterpret_cast<std::uint32_t*>(c) = packed_pair<TC>(v[0], v[1]);
-        else
-          *reinterpret_cast<float2*>(c) = make_float2(v[0], v[1]);
-      } else {
-        c[0] = convert<TC>(v[0]);
-        if (column + 1 < x.n) c[1] = convert<TC>(v[1]);
-      }
-    }
-}
-
 /// Enqueues C = A B^T where it is narrow and aligned. False elsewhere.
 template <class T, class TC>
 bool narrow_product(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
@@ -147,17 +126,11 @@ bool narrow_product(char const* op, device::cuda const& policy, product<T, T, TC
     return false;
   bool const grouped = x.groups.by == grouping::rows;
   // However the rows fall on the groups, weights are read at most twice as often as if every group had sixteen.
-  if (x.m <= (grouped ? 16 * x.groups.count : 16)) {
+  if (x.m <= (grouped ? 16 * x.groups.count : 8)) {
     std::int64_t const tiles = (x.n + narrow::tile - 1) / narrow::tile;
     grid const shape{blocks_for(x.groups.count * tiles, 1), 256};
     auto* const kernel = x.m <= 8 ? narrow_rows_product<T, TC, 1> : narrow_rows_product<T, TC, 2>;
     launch(op, policy, shape, kernel, x, static_cast<unsigned>(tiles));
-    return true;
-  }
-  if (!grouped && x.n <= 64 && x.m >= 1024) {
-    bool const wide = reinterpret_cast<std::uintptr_t>(x.c) % (2 * sizeof(TC)) == 0 && x.ldc % 2 == 0;
-    auto* const kernel = x.n <= 8 ? narrow_columns_product<T, TC, 1> : narrow_columns_product<T, TC, 8>;
-    launch(op, policy, {blocks_for(x.m, 4 * narrow::tile), 128}, kernel, x, wide);
     return true;
   }
   return false;

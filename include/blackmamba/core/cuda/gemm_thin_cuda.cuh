@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 /// Products of any types that have one extent of at most 64, as the gradients of a router have them: reading the large
 /// operand, or writing the large result, is all there is to do. Instantiated once for each (A, B, C) that is asked for.
@@ -22,10 +23,14 @@ inline constexpr int rows_together = 4;    // of a warp, in a product of small d
 inline constexpr int rows_of_block = 256;  // in a product of small depth
 inline constexpr int sums_together = 8;    // rows of C, in a product of few rows
 
-/// Up to eight elements, zeros beyond.
-template <class T>
-__device__ __forceinline__ pack<accum_t<T>, 8> load_columns(T const* p, std::int64_t left, bool wide) {
-  return wide && left >= 8 ? load_pack<8>(p) : load_some<8>(p, left);
+/// Eight elements of a row, of which `left` exist. Whole: all do, and the row is aligned; without a branch, so that
+/// loads of several rows are under way together.
+template <bool Whole, class T>
+__device__ __forceinline__ pack<accum_t<T>, 8> load_columns(T const* p, std::int64_t left) {
+  if constexpr (Whole)
+    return load_pack<8>(p);
+  else
+    return load_some<8>(p, left);
 }
 
 }  // namespace thin
@@ -51,46 +56,56 @@ __global__ void __launch_bounds__(256) shallow_product(product<TA, TB, TC> x, st
   if (left <= 0) return;
   pack<A, 8> initial = {};
   if (x.bias) initial = load_some<8>(x.bias + first, left);
-  for (std::int64_t row = begin + warp * thin::rows_together; row < end; row += 8 * thin::rows_together) {
-    pack<A, 8> sum[thin::rows_together];
-    TA const* from[thin::rows_together];
-#pragma unroll
-    for (int i = 0; i < thin::rows_together; ++i) {
-      bool const there = row + i < end;
-      from[i] = x.a + (there ? row + i : row) * x.lda;
-      sum[i] = initial;
-      if (x.mode == update::accumulate && there) {
-        auto const c = thin::load_columns(x.c + (row + i) * x.ldc + first, left, wide);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i][j] += c[j];
-      }
-    }
-#pragma unroll 2
-    for (int p = 0; p < depth; ++p) {
-      A const* const b = right + p * thin::columns + lane * 8;
+  auto const run = [&]<bool Whole>(std::bool_constant<Whole>) {
+    for (std::int64_t row = begin + warp * thin::rows_together; row < end; row += 8 * thin::rows_together) {
+      pack<A, 8> sum[thin::rows_together];
+      TA const* from[thin::rows_together];
+      TC* to[thin::rows_together];
 #pragma unroll
       for (int i = 0; i < thin::rows_together; ++i) {
-        A const a = convert<A>(from[i][p]);
+        std::int64_t const r = row + i < end ? row + i : row;
+        from[i] = x.a + r * x.lda;
+        to[i] = x.c + r * x.ldc + first;
+        sum[i] = initial;
+      }
+      if (x.mode == update::accumulate) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i][j] += a * b[j];
+        for (int i = 0; i < thin::rows_together; ++i) {
+          auto const held = thin::load_columns<Whole>(to[i], left);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum[i][j] += held[j];
+        }
+      }
+#pragma unroll 2
+      for (int p = 0; p < depth; ++p) {
+        A const* const b = right + p * thin::columns + lane * 8;
+#pragma unroll
+        for (int i = 0; i < thin::rows_together; ++i) {
+          A const a = convert<A>(from[i][p]);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum[i][j] += a * b[j];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < thin::rows_together; ++i) {
+        if (row + i >= end) continue;
+        if constexpr (Whole)
+          store_pack(to[i], sum[i]);
+        else
+          store_some(to[i], sum[i], left);
       }
     }
-#pragma unroll
-    for (int i = 0; i < thin::rows_together; ++i) {
-      if (row + i >= end) continue;
-      TC* const c = x.c + (row + i) * x.ldc + first;
-      if (wide && left >= 8)
-        store_pack(c, sum[i]);
-      else
-        store_some(c, sum[i], left);
-    }
-  }
+  };
+  if (wide && left >= 8)
+    run(std::true_type{});
+  else
+    run(std::false_type{});
 }
 
 /// Part of the depth of A^T B with few rows: a block has eight rows of C and 256 columns; its eight warps take the
 /// depth in turns, and their sums are added in order. A and B as stored.
 template <class TA, class TB, class A>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
     flat_product(TA const* a, std::int64_t lda, TB const* b, std::int64_t ldb, std::int64_t m, std::int64_t n,
                  std::int64_t k, std::int64_t part_depth, std::int64_t across, std::int64_t down, bool wide,
                  A* partial) {
@@ -104,17 +119,26 @@ __global__ void __launch_bounds__(256)
   std::int64_t const left = n - column - lane * 8;
   TB const* const from = b + column + lane * 8;
   A sum[rows][8] = {};
-  if (left > 0)
+  auto const run = [&]<bool Whole>(std::bool_constant<Whole>) {
+    // Rows beyond C repeat the last one, and are not stored.
+    int at[rows];
+#pragma unroll
+    for (int i = 0; i < rows; ++i) at[i] = static_cast<int>(first_row + i < m ? first_row + i : m - 1);
 #pragma unroll 4
     for (std::int64_t p = begin + warp; p < end; p += 8) {
-      auto const v = thin::load_columns(from + p * ldb, left, wide);
+      auto const v = thin::load_columns<Whole>(from + p * ldb, left);
 #pragma unroll
       for (int i = 0; i < rows; ++i) {
-        A const u = first_row + i < m ? convert<A>(a[p * lda + first_row + i]) : A(0);
+        A const u = convert<A>(a[p * lda + at[i]]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum[i][j] += u * convert<A>(v[j]);
       }
     }
+  };
+  if (wide && left >= 8)
+    run(std::true_type{});
+  else if (left > 0)
+    run(std::false_type{});
   for (int w = 0; w < 8; ++w) {
     if (warp == w)
 #pragma unroll

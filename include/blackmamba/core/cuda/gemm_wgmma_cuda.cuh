@@ -15,11 +15,12 @@
 /// other devices. Instantiated once for each element type, result type and layout that is asked for, with code only
 /// where the compilation is one for sm_90a.
 ///
-/// One block on each multiprocessor walks over the tiles (128 x 256). With `Blocks` = 2, two make a pair, which takes
-/// tiles one below the other: each copies half of their part of B to both, which halves what the second-level cache has
-/// to deliver of it. Of a block, one warpgroup has the copy engine fill a ring of stages, 64 steps of the depth each, in
-/// one stream over all tiles; two multiply them, 64 rows each, and store the result while the next tile's operands
-/// arrive. Nothing here may call a function or assert: it would serialise the products.
+/// One block on each multiprocessor walks over the tiles (128 x 256). One of its warpgroups has the copy engine fill a
+/// ring of stages, 64 steps of the depth each, in one stream over all tiles; two multiply them, 64 rows each, and store
+/// the result while the next tile's operands arrive. Nothing here may call a function or assert: it would serialise the
+/// products; so do branches around them, or sequences of several widths that share the sums' registers.
+///
+/// Pairs of blocks that copy their columns of B to each other (clusters of two) were slower at every size measured.
 namespace blackmamba::cuda::detail {
 
 namespace wgmma {
@@ -64,12 +65,11 @@ __device__ __forceinline__ void copy_end(unsigned char* to, T const* x, std::int
 }
 
 /// The warpgroup that copies. full, free: the addresses of the stages' barriers.
-template <int Blocks, class T, class TC, bool AlongA, bool AlongB>
+template <class T, class TC, bool AlongA, bool AlongB>
 __device__ __forceinline__ void produce(arguments<T, TC> const& args, unsigned char* memory, std::uint32_t full,
                                         std::uint32_t free) {
   auto const& x = args.x;
-  auto const mine = static_cast<int>(Blocks > 1 ? block_of_cluster() : 0);
-  mma::cursor<Blocks * rows> at(x, blockIdx.x / Blocks, gridDim.x / Blocks);
+  mma::cursor<rows> at(x, blockIdx.x, gridDim.x);
   int stage = 0;
   std::uint32_t parity = 1;  // a new barrier's phase before the first counts as over
   while (at.valid) {
@@ -82,8 +82,7 @@ __device__ __forceinline__ void produce(arguments<T, TC> const& args, unsigned c
     if (whole) {
       if (threadIdx.x == 0) {
         phase_barrier::arrive_expecting(barrier, stage_bytes);
-        int const p = static_cast<int>(at.p), row = static_cast<int>(t.row) + mine * rows,
-                  column = static_cast<int>(t.column);
+        int const p = static_cast<int>(at.p), row = static_cast<int>(t.row), column = static_cast<int>(t.column);
         int const group = x.groups.by == grouping::rows ? static_cast<int>(t.group) : 0;
         if constexpr (AlongA) {
           copy_box(a, &args.a, barrier, p, row, 0);
@@ -91,27 +90,16 @@ __device__ __forceinline__ void produce(arguments<T, TC> const& args, unsigned c
 #pragma unroll
           for (int i = 0; i < rows / 64; ++i) copy_box(a + i * block_bytes, &args.a, barrier, row + 64 * i, p, 0);
         }
-        // Of B, this block's share, for all of them.
-        constexpr int share = columns / Blocks;
-        constexpr std::uint16_t all = (1u << Blocks) - 1;
-        auto const copy = [&](std::uint32_t to, int inner, int outer) {
-          if constexpr (Blocks > 1)
-            copy_box_to_blocks(to, &args.b, barrier, inner, outer, group, all);
-          else
-            copy_box(to, &args.b, barrier, inner, outer, group);
-        };
         if constexpr (AlongB) {
-          copy(b + mine * (b_bytes / Blocks), p, column + mine * share);
+          copy_box(b, &args.b, barrier, p, column, group);
         } else {
 #pragma unroll
-          for (int i = 0; i < share / 64; ++i) {
-            int const block = mine * (share / 64) + i;
-            copy(b + block * block_bytes, column + 64 * block, p);
-          }
+          for (int i = 0; i < columns / 64; ++i)
+            copy_box(b + i * block_bytes, &args.b, barrier, column + 64 * i, p, group);
         }
       }
     } else {
-      copy_end<rows>(to, x.a, x.lda, t.row + mine * rows, x.m, at.p, t.depth_end);
+      copy_end<rows>(to, x.a, x.lda, t.row, x.m, at.p, t.depth_end);
       copy_end<columns>(to + a_bytes, x.b, x.ldb, t.column, x.n, at.p, t.depth_end);
       publish_shared_writes();
       named_barrier<1, producers>();
@@ -126,25 +114,34 @@ __device__ __forceinline__ void produce(arguments<T, TC> const& args, unsigned c
 }
 
 /// A warpgroup that multiplies rows [64 half, 64 half + 64) of each tile.
-template <int Blocks, class T, class TC, bool AlongA, bool AlongB>
+template <class T, class TC, bool AlongA, bool AlongB>
 __device__ __forceinline__ void consume(arguments<T, TC> const& args, unsigned char* memory, std::uint32_t full,
                                         std::uint32_t free, int half) {
   auto const& x = args.x;
   int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
-  auto const mine = static_cast<int>(Blocks > 1 ? block_of_cluster() : 0);
   int stage = 0;
   std::uint32_t parity = 0;
   auto const release = [&](int which) {
-    if constexpr (Blocks > 1) {
-      if (lane < Blocks) phase_barrier::arrive_at(free + 8 * which, static_cast<std::uint32_t>(lane));
-    } else {
-      if (lane == 0) phase_barrier::arrive(free + 8 * which);
+    if (lane == 0) phase_barrier::arrive(free + 8 * which);
+  };
+  auto const next_stage = [&] {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
     }
   };
-  for (mma::cursor<Blocks * rows> at(x, blockIdx.x / Blocks, gridDim.x / Blocks); at.valid; at.next_tile(x)) {
+  for (mma::cursor<rows> at(x, blockIdx.x, gridDim.x); at.valid; at.next_tile(x)) {
     auto const& t = at.tile;
-    float sum[32][4];
     int const steps = static_cast<int>((t.depth_end - t.depth + depth - 1) / depth);
+    if (t.row + 64 * half >= t.row_end) {  // nothing for this warpgroup
+      for (int s = 0; s < steps; ++s) {
+        phase_barrier::wait(full + 8 * stage, parity);
+        release(stage);
+        next_stage();
+      }
+      continue;
+    }
+    float sum[32][4];
     int last = 0;
     for (int s = 0; s < steps; ++s) {
       phase_barrier::wait(full + 8 * stage, parity);
@@ -163,24 +160,21 @@ __device__ __forceinline__ void consume(arguments<T, TC> const& args, unsigned c
       // All products but the latest step's are done: the stage before is free.
       if (s > 0) release(last);
       last = stage;
-      if (++stage == stages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      next_stage();
     }
     wait_for_warpgroup_products<0>();
     release(last);
-    std::int64_t const row = t.row + mine * rows + 64 * half + 16 * warp;
+    std::int64_t const row = t.row + 64 * half + 16 * warp;
     TC* const c = x.c + (x.groups.by == grouping::depth ? t.group * x.groups.c_apart : 0);
     float const* const bias = x.bias ? x.bias + t.group * x.groups.bias_apart + t.column : nullptr;
-    store_fragments(sum, c + row * x.ldc + t.column, x.ldc, t.row_end - row, x.n - t.column, bias,
-                    x.mode == update::accumulate, args.wide);
+    store_fragments<sizeof(TC) == 4>(sum, c + row * x.ldc + t.column, x.ldc, t.row_end - row, x.n - t.column, bias,
+                                     x.mode == update::accumulate, args.wide);
   }
 }
 
 }  // namespace wgmma
 
-template <int Blocks, class T, class TC, bool AlongA, bool AlongB>
+template <class T, class TC, bool AlongA, bool AlongB>
 __global__ void __launch_bounds__(wgmma::threads, 1)
     wgmma_product([[maybe_unused]] __grid_constant__ wgmma::arguments<T, TC> const args) {
   if constexpr (warpgroup_instructions) {
@@ -192,43 +186,40 @@ __global__ void __launch_bounds__(wgmma::threads, 1)
     if (threadIdx.x == 0) {
       for (int s = 0; s < wgmma::stages; ++s) {
         phase_barrier::init(full + 8 * s, 1);
-        phase_barrier::init(free + 8 * s, Blocks * wgmma::consumer_warps);
+        phase_barrier::init(free + 8 * s, wgmma::consumer_warps);
       }
       phase_barrier::publish_init();
     }
-    if constexpr (Blocks > 1)
-      cluster_barrier();
-    else
-      __syncthreads();
+    __syncthreads();
     if (threadIdx.x < wgmma::producers) {
       release_registers<wgmma::producer_registers>();
-      wgmma::produce<Blocks, T, TC, AlongA, AlongB>(args, memory, full, free);
+      wgmma::produce<T, TC, AlongA, AlongB>(args, memory, full, free);
     } else {
       request_registers<wgmma::consumer_registers>();
-      wgmma::consume<Blocks, T, TC, AlongA, AlongB>(args, memory, full, free,
-                                                    static_cast<int>(threadIdx.x) / wgmma::producers - 1);
+      wgmma::consume<T, TC, AlongA, AlongB>(args, memory, full, free,
+                                            static_cast<int>(threadIdx.x) / wgmma::producers - 1);
     }
-    // No block ends while another one of its cluster still writes into its shared memory.
-    if constexpr (Blocks > 1) cluster_barrier();
   }
 }
 
 /// Whether the current device is a Hopper and this program has the kernel's code for it.
-template <int Blocks, class T, class TC, bool AlongA, bool AlongB>
+template <class T, class TC, bool AlongA, bool AlongB>
 bool wgmma_product_exists() {
   if (properties().major != 9) return false;
   static bool const exists = [] {
     cudaFuncAttributes attributes{};
-    check("wgmma_product", cudaFuncGetAttributes(&attributes, wgmma_product<Blocks, T, TC, AlongA, AlongB>));
+    check("wgmma_product", cudaFuncGetAttributes(&attributes, wgmma_product<T, TC, AlongA, AlongB>));
     return attributes.sharedSizeBytes > 0;
   }();
   return exists;
 }
 
 /// Enqueues the product on a Hopper where the copy engine takes its operands. False elsewhere.
-template <bool AlongA, bool AlongB, int Blocks = 1, class T, class TC>
+template <bool AlongA, bool AlongB, class T, class TC>
 bool wgmma_product_if_possible(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
-  if (x.k <= 0 || !wgmma_product_exists<Blocks, T, TC, AlongA, AlongB>()) return false;
+  if (x.k <= 0 || !wgmma_product_exists<T, TC, AlongA, AlongB>()) return false;
+  // The registers do not suffice for sums with 16-bit elements of C.
+  if (sizeof(TC) == 2 && x.mode == update::accumulate) return false;
   // An operand of one group that is cut along the depth must lie across, so that groups end between its rows.
   if (x.groups.by == grouping::depth && (AlongA || AlongB)) return false;
   wgmma::arguments<T, TC> args{};
@@ -236,18 +227,14 @@ bool wgmma_product_if_possible(char const* op, device::cuda const& policy, produ
   if (!describe_matrices(args.a, x.a, 1, AlongA ? x.m : x.k, AlongA ? x.k : x.m, x.lda, 0,
                          AlongA ? wgmma::rows : wgmma::depth) ||
       !describe_matrices(args.b, x.b, count, AlongB ? x.n : x.k, AlongB ? x.k : x.n, x.ldb, x.groups.b_apart,
-                         AlongB ? wgmma::columns / Blocks : wgmma::depth))
+                         AlongB ? wgmma::columns : wgmma::depth))
     return false;
   args.x = x;
   args.wide = stores_wide(x.c, x.ldc, x.groups.c_apart);
-  std::int64_t const tiles = most_tiles<Blocks * wgmma::rows, wgmma::columns>(x);
-  auto const blocks = static_cast<unsigned>(std::min<std::int64_t>(tiles, properties().multiprocessors / Blocks));
-  launch(op, policy,
-         {.blocks = Blocks * blocks,
-          .threads = wgmma::threads,
-          .shared_bytes = wgmma::stages * wgmma::stage_bytes + 1024,
-          .cluster = Blocks},
-         wgmma_product<Blocks, T, TC, AlongA, AlongB>, args);
+  std::int64_t const tiles = most_tiles<wgmma::rows, wgmma::columns>(x);
+  auto const blocks = static_cast<unsigned>(std::min<std::int64_t>(tiles, properties().multiprocessors));
+  launch(op, policy, {blocks, wgmma::threads, wgmma::stages * wgmma::stage_bytes + 1024},
+         wgmma_product<T, TC, AlongA, AlongB>, args);
   return true;
 }
 

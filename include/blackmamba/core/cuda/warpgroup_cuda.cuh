@@ -37,18 +37,6 @@ __device__ __forceinline__ void arrive_expecting([[maybe_unused]] std::uint32_t 
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 #endif
 }
-/// Arrives at the barrier of the same name in another block of the cluster.
-__device__ __forceinline__ void arrive_at([[maybe_unused]] std::uint32_t barrier,
-                                          [[maybe_unused]] std::uint32_t block) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
-      "r"(block)
-      : "memory");
-#endif
-}
 /// Waits until the current phase is not the one of this parity any more.
 __device__ __forceinline__ void wait([[maybe_unused]] std::uint32_t barrier, [[maybe_unused]] std::uint32_t parity) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -86,35 +74,6 @@ __device__ __forceinline__ void copy_box([[maybe_unused]] std::uint32_t to, [[ma
       "[%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
-#endif
-}
-
-/// As copy_box, into the shared memory of each block of the cluster that `blocks` has a bit for; each one's barrier
-/// counts the bytes.
-__device__ __forceinline__ void copy_box_to_blocks([[maybe_unused]] std::uint32_t to, [[maybe_unused]] void const* map,
-                                                   [[maybe_unused]] std::uint32_t barrier, [[maybe_unused]] int x,
-                                                   [[maybe_unused]] int y, [[maybe_unused]] int z,
-                                                   [[maybe_unused]] std::uint16_t blocks) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%3, %4, %5}], [%2], %6;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
-      : "memory");
-#endif
-}
-/// This block's number in its cluster.
-__device__ __forceinline__ std::uint32_t block_of_cluster() {
-  std::uint32_t number = 0;
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(number));
-#endif
-  return number;
-}
-/// Waits for all threads of the cluster.
-__device__ __forceinline__ void cluster_barrier() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
