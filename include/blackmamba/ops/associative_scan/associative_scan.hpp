@@ -50,7 +50,8 @@ struct associative_scan {
     scan_state<P, E, Rank> total = {};          // (R|S) or (B|S, D)  optional, out; must not alias initial
     in<P, std::int64_t, dyn> cu_seqlens = {};   // (S+1)  optional; R or B is 1; from 0 to L, non-decreasing
   };
-  /// y may be x where both hold the same type. scratch_bytes<E, Space>(extents of y, S) of scratch. Asynchronous on cuda.
+  /// y may be x where both hold the same type. scratch_bytes<E, Space>(extents of y, S) of scratch. Asynchronous on
+  /// cuda.
   template <device_policy P, class Operator, class X, class Y, int... N, int... M>
     requires(sizeof...(N) == sizeof...(M) && (sizeof...(N) == 2 || sizeof...(N) == 3))
   static void forward(P const& policy, Operator const& op, view<typename P::memory_space, X, N...> x,

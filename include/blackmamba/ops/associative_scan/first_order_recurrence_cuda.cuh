@@ -78,6 +78,7 @@ struct recurrence_line {
 
 template <class T, bool Reverse>
 struct recurrence_forward_rows : recurrence_rule<T> {
+  static constexpr int blocks_per_multiprocessor = sizeof(accum_t<T>) == 4 ? 4 : 2;
   using typename recurrence_rule<T>::A;
   using typename recurrence_rule<T>::map;
   static constexpr int items = pack_width<T>, packs = 4;
@@ -132,6 +133,7 @@ struct recurrence_forward_rows : recurrence_rule<T> {
 /// one visited before, and 1 for the first.
 template <class T, bool Reverse>
 struct recurrence_backward_rows : recurrence_rule<T> {
+  static constexpr int blocks_per_multiprocessor = sizeof(accum_t<T>) == 4 ? 4 : 2;
   using typename recurrence_rule<T>::A;
   using typename recurrence_rule<T>::map;
   static constexpr int items = pack_width<T>, packs = 2;
