@@ -209,6 +209,8 @@ __global__ void __launch_bounds__(128, 3)
 #pragma unroll
           for (int i = 0; i < group; i += at_once) take_steps(next, stepping, i, dt, next_dt_u);
           make_decays(dt, next_decay);
+        } else {
+          take_steps(now, stepping, 0, dt, next_dt_u);  // at once, before its use; later ones as they are needed
         }
         int const slot = (p + 1 + lead) % depth, ahead = begin + (1 + lead) * group;
         values const after = prepare(slot, ahead, exchange + (parity ^ lead ^ 1) * (Pair * 64));
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(128, 3)
         pack<A, Q * V> b, c;
 #pragma unroll
         for (int i = 0; i < group; ++i) {
-          if (!early && i % at_once == 0) take_steps(now, stepping, i, dt, next_dt_u);
+          if (!early && i > 0 && i % at_once == 0) take_steps(now, stepping, i, dt, next_dt_u);
           if (i % V == 0) {
             int const at = (turn + p * group + i) * shape::width;
             b = load_pack<Q * V>(B + at);
