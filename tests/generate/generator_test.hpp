@@ -111,6 +111,6 @@ TEST_CASE("generator: bad tokens, prompts and a full cache are named") {
   network<test::tiny_transformer, test_policy> attentive(1, make_policy());
   generator full(attentive, {.capacity = 4});
   CHECK(test::message_of<value_error>([&] { full.prefill(prompt); })
-            .ends_with("more, expected at most 4; a model with attention holds as many tokens as its generator's options "
-                       "say"));
+            .ends_with("more, expected at most 4; a model with attention holds as many tokens as its generator's "
+                       "options say"));
 }
