@@ -196,7 +196,7 @@ TEST_CASE_TEMPLATE("cross_entropy: the same bits in every run, for any number of
     test::check_equal(run_backward<float>(p, 0.1, policy), gradient, "d_logits");
   };
   check_again(make_policy());
-  if constexpr (requires(P p) { p.threads; })
+  if constexpr (requires(P any) { any.threads; })
     for (int threads : {1, 2, 5}) {
       P policy = make_policy();
       policy.threads = threads;

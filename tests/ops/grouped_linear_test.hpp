@@ -289,7 +289,8 @@ TEST_CASE("grouped_linear: takes strided rows and leaves what lies between them"
   struct layout {
     std::int64_t width, outputs, offset;
   };
-  for (auto const& [width, outputs, offset] : {layout{19, 23, 5}, {40, 136, 8}}) {
+  for (auto const& shape : {layout{19, 23, 5}, {40, 136, 8}}) {
+    std::int64_t const width = shape.width, outputs = shape.outputs, offset = shape.offset;
     auto const p = problem::make<blackmamba::half>({2, 0, 30}, width, outputs, 3);
     auto const widened = [&](test::values const& v, std::int64_t columns) {
       auto wide = test::rounded<blackmamba::half>(test::random_normal(p.rows() * 2 * columns, 9));

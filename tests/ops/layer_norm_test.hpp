@@ -225,7 +225,7 @@ TEST_CASE_TEMPLATE("layer_norm: the same bits in every run, for any number of th
     test::check_equal(backward.d_bias, one.d_bias, "d_bias");
   };
   check_again(make_policy());
-  if constexpr (requires(P p) { p.threads; })
+  if constexpr (requires(P any) { any.threads; })
     for (int threads : {1, 2, 5}) {
       P policy = make_policy();
       policy.threads = threads;
