@@ -19,7 +19,8 @@ cmake -S "$root" -B "$build" -G Ninja -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYP
 cmake --build "$build" --target "${targets[@]}" > /dev/null
 
 commit=$(git -C "$root" rev-parse --short HEAD)
-if [[ -n $(git -C "$root" status --porcelain -- include bench/ops bench/model) ]]; then commit+="+changes"; fi
+changed=$(git -C "$root" status --porcelain -- include cmake bench CMakeLists.txt ':!bench/results')
+if [[ -n $changed ]]; then commit+="+changes"; fi
 machine=$(awk -F': ' '/^model name/ { print $2; exit }' /proc/cpuinfo)
 
 for program in "$build"/bench/*_bench; do
@@ -28,4 +29,6 @@ for program in "$build"/bench/*_bench; do
   echo "== $name"
   "$program" --benchmark_out="$root/bench/results/$name.json" --benchmark_out_format=json \
     --benchmark_context=commit="$commit",machine="$machine with $(nproc) cores"
+  # What says nothing of the measurement.
+  sed -i '/"host_name"/d; /"executable"/d' "$root/bench/results/$name.json"
 done

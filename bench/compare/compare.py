@@ -36,8 +36,21 @@ def peer(module):
         return None
 
 
+def launched(call):
+    """Median time of a call by itself."""
+    times = []
+    for _ in range(11):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return sorted(times[2:])[len(times[2:]) // 2]
+
+
 def microseconds(calls):
-    """Median time of one of the calls."""
+    """Median time of one of the calls, recorded one after the other."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -45,15 +58,7 @@ def microseconds(calls):
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(9):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[len(times) // 2]
+    return launched(graph.replay) / len(calls)
 
 
 def input_sets(make, bytes_each):
@@ -67,7 +72,7 @@ class Report:
         self.rows = []
         big = torch.empty(1 << 28, device=DEVICE)
         other = torch.empty_like(big)
-        self.copy = 2 * big.numel() * 4 / microseconds([lambda: other.copy_(big)]) * 1e6
+        self.copy = 2 * big.numel() * 4 / launched(lambda: other.copy_(big)) * 1e6
         self.properties = torch.cuda.get_device_properties(0)
         clock = subprocess.run(["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"],
                                stdout=subprocess.PIPE, check=True).stdout.decode().split()[0]
