@@ -10,7 +10,7 @@ double second_unit();
 int main() {
   try {
     double const first = first_unit(), second = second_unit();
-    std::printf("%f in bfloat16, %f in float\n", first, second);
+    std::printf("%f and %f\n", first, second);
     return std::isfinite(first) && std::isfinite(second) ? 0 : 1;
   } catch (std::exception const& e) {
     std::printf("%s\n", e.what());
