@@ -43,14 +43,14 @@ struct memory {
     check_sizes("memory::copy", from, to);
     if (from.size() > 0) backend_of<memory, P>::copy(policy, from, to);
   }
-  /// to = from, host to the policy's memory space. The host memory may be reused on return.
+  /// to = from, host to the policy's memory space. The host memory may be reused on return: it waits until then.
   template <device_policy P, class From, class To, int... E, int... F>
     requires std::is_same_v<std::remove_const_t<From>, To>
   static void upload(P const& policy, view<space::host, From, E...> from, view<typename P::memory_space, To, F...> to) {
     check_sizes("memory::upload", from, to);
     if (from.size() > 0) backend_of<memory, P>::upload(policy, from, to);
   }
-  /// to = from, the policy's memory space to host. On return the data is there: this is the one call that waits.
+  /// to = from, the policy's memory space to host. On return the data is there: it waits for it.
   template <device_policy P, class From, class To, int... E, int... F>
     requires std::is_same_v<std::remove_const_t<From>, To>
   static void download(P const& policy, view<typename P::memory_space, From, E...> from,

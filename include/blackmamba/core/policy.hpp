@@ -26,7 +26,7 @@ struct cpu {
 };
 
 #if BLACKMAMBA_CUDA
-/// Runs on the current CUDA device; operators are enqueued on the stream and return at once.
+/// Runs on the current CUDA device; operators are enqueued on the stream and, given a workspace, return at once.
 struct cuda {
   using memory_space = space::device;
 

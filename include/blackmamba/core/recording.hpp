@@ -5,11 +5,11 @@
 
 namespace blackmamba {
 
-/// A step that is run many times with the same memory: where a device can, it is recorded the first time and replayed
-/// from then on, so that the host issues one call instead of hundreds. The general case just runs it.
+/// A step that is run many times with the same memory: where a device can, it is recorded once and then replayed, so
+/// that the host issues one call instead of hundreds. The first run goes as it is. The general case just runs it.
 ///
 /// The step must do the same work on the same addresses every time: it takes what differs from device memory, allocates
-/// nothing but from the policy's workspace, and does not wait.
+/// nothing but from the policy's workspace, which stays the same, and does not wait.
 template <device_policy P>
 class recording {
  public:
@@ -18,7 +18,7 @@ class recording {
   void run(P const& policy, Step&& step) {
     std::forward<Step>(step)(policy);
   }
-  /// Forgets what was recorded: the next run records anew.
+  /// Forgets what was recorded.
   void reset() {}
 };
 

@@ -4,6 +4,7 @@
 #include <blackmamba/generate/generation_state.hpp>
 #include <blackmamba/generate/sampler.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -129,7 +130,7 @@ class generator {
   }
   /// Attention layers hold `capacity` tokens; on a device only the host knows how many are there.
   void check_capacity(std::int64_t more) const {
-    if (state_.grows() && state_.position() + more > options_.capacity)
+    if (grows_ && state_.position() + more > options_.capacity)
       throw value_error("generator: capacity: got " + std::to_string(state_.position()) + " tokens and " +
                         std::to_string(more) + " more, expected at most " + std::to_string(options_.capacity) +
                         "; a model with attention holds as many tokens as its generator's options say");
@@ -155,6 +156,7 @@ class generator {
   std::vector<float> narrowed_;
   arena<S> workspace_;
   recording<P> recorded_;  // the decoding step
+  bool grows_ = state_type::grows();
 };
 
 /// Continues a prompt by `count` tokens. Calls emit(token) for each as it is made; emit returning false ends the text.

@@ -6,6 +6,7 @@
 #include <blackmamba/ops/cross_entropy/cross_entropy.hpp>
 #include <blackmamba/train/schedule.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -35,7 +36,7 @@ struct step_report {
 };
 
 /// Trains a network: forward, backward, AdamW. All memory is taken when the trainer is built, its size found by a dry
-/// run of the same step; a step allocates nothing on the device.
+/// run of the same step; after the second a step allocates nothing on the device.
 ///
 /// Weights in 16-bit storage have fp32 masters here; gradients, moments and the residual stream are fp32 (double for
 /// double).
@@ -79,7 +80,8 @@ class trainer {
   }
 
   /// One optimizer step on tokens (accumulation * batch, length + 1): every token but the last predicts the next.
-  /// @throws shape_error; value_error where loss or gradient is not finite (weights and moments are then unchanged)
+  /// @throws shape_error; value_error where the loss or the gradient's norm is not finite. With a norm that is not
+  /// finite weights and moments are unchanged; a loss alone, from a target whose logit is -infinity, stops no update.
   step_report step(host_view<std::int32_t const, dyn, dyn> tokens) {
     check_shape("trainer.step", "tokens", tokens, {options_.accumulation * options_.batch, options_.length + 1});
     P const policy = device();
@@ -94,11 +96,12 @@ class trainer {
     memory::download(policy, norm_.as_view(), norm.as_view());
     for (std::int64_t i = 0; i < options_.accumulation; ++i) report.loss += static_cast<double>(losses(i) * scale);
     report.gradient_norm = static_cast<double>(norm(0));
-    if (!std::isfinite(report.loss) || !std::isfinite(report.gradient_norm))
+    bool const updated = std::isfinite(report.gradient_norm);  // the optimizer looks at the norm alone
+    if (updated) ++step_;
+    if (!updated || !std::isfinite(report.loss))
       throw value_error("trainer.step: step " + std::to_string(report.step) + ": loss is " +
                         std::to_string(report.loss) + ", gradient norm is " + std::to_string(report.gradient_norm) +
-                        ", expected finite numbers; the weights are unchanged");
-    ++step_;
+                        ", expected finite numbers; the weights are " + (updated ? "updated" : "unchanged"));
     return report;
   }
 
@@ -282,7 +285,7 @@ class trainer {
                          .first_moment = first_moment_.matrices(),
                          .second_moment = second_moment_.matrices(),
                          .copy = network_.memory().matrices(),
-                         .schedule = schedule_},
+                          .schedule = schedule_},
                         norm_, matrices, how);
       adamw::step<P, T>(policy,
                         {.parameter = network_.memory().vectors(),

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -81,14 +82,16 @@ inline device_properties const& properties() {
   return all.at(static_cast<std::size_t>(device));
 }
 
-/// Throws, in one sentence, where the current device is none that this program holds code for.
+/// Throws, in one sentence, where the current device is none that this program holds code for. Asks once for each.
 inline void require_supported_device() {
-  static bool const supported = [] {
-    cudaFuncAttributes attributes{};
-    check("device", cudaFuncGetAttributes(&attributes, detail::supported_device_probe<0>));
-    return true;
-  }();
-  static_cast<void>(supported);
+  static std::array<std::atomic<bool>, 64> supported{};
+  int device = 0;
+  check("device", cudaGetDevice(&device));
+  auto const place = static_cast<std::size_t>(device);
+  if (place < supported.size() && supported[place].load(std::memory_order_relaxed)) return;
+  cudaFuncAttributes attributes{};
+  check("device", cudaFuncGetAttributes(&attributes, detail::supported_device_probe<0>));
+  if (place < supported.size()) supported[place].store(true, std::memory_order_relaxed);
 }
 
 /// The shape of a launch.

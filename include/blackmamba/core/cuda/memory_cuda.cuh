@@ -80,7 +80,12 @@ struct memory_resource<space::device> {
                             std::to_string(free) + " of " + std::to_string(total) + " bytes are free");
     }
     cuda::check("memory", status);
-    cuda::detail::memory_ledger::instance().add(p, bytes);
+    try {
+      cuda::detail::memory_ledger::instance().add(p, bytes);
+    } catch (...) {
+      (void)cudaFree(p);
+      throw;
+    }
     return p;
   }
   /// Waits for the work that may use the memory.

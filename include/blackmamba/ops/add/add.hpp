@@ -6,6 +6,7 @@
 namespace blackmamba {
 
 /// y[r,:] = a[r,:] + b[r,:], in accum_t<T>, rounded once. y may alias a or b. Its gradient is the identity for both.
+/// Asynchronous on cuda.
 struct add {
   template <device_policy P, storage T>
   static void forward(P const& policy, in<P, T, dyn, dyn> a, in<P, T, dyn, dyn> b, out<P, T, dyn, dyn> y) {

@@ -4,7 +4,8 @@
 #include <cstdint>
 
 /// Scans along L of (B, L, D), for each rule: scan_channels<Rule, Split>, split where there are few sequences and
-/// channels. Then blocks wait for blocks of lower index, which start before them.
+/// channels. Then blocks wait for blocks of lower index, which are taken to start before
+/// them, as CUB takes it too.
 namespace blackmamba::cuda::detail {
 
 /// As gather_rows, for 32 channels: each lane adds up its own channel's totals, one after another.

@@ -26,6 +26,7 @@ namespace blackmamba {
 /// Bitwise repeatable, independent of the number of threads and of the other sequences. Arithmetic in accum_t<T>; the
 /// angles are made in double. On CUDA, products of bfloat16 and half take their operands in T, as tensor cores do:
 /// rotated queries and keys, weights and the gradients of scores are rounded to T once, and summed in float.
+/// Asynchronous on cuda.
 struct attention {
   template <device_policy P, storage T>
   struct inputs {
@@ -131,7 +132,8 @@ struct attention {
     in<P, T, dyn, dyn, dyn> v;  // (B, Hkv, dh)
     float rotary_base = 10000;
   };
-  /// One token for each sequence: forward with L = 1, reading the cache once. y (B, Hq, dh).
+  /// One token for each sequence: forward with L = 1, reading the cache once. y (B, Hq, dh). On a device nothing sees
+  /// how full the cache is: that length[b] < capacity is a precondition there.
   /// Scratch: step_scratch_bytes<T, memory space>(B, Hq, Hkv, dh, capacity).
   template <device_policy P, storage T>
   static void step(P const& policy, step_inputs<home<P>, T> const& in, attention::cache<home<P>, T> const& state,

@@ -11,7 +11,7 @@ namespace blackmamba {
 ///
 /// The permuted rows of expert e are [offsets[e], offsets[e+1]), in the order of their slots; rows from offsets[E] on
 /// are free: nothing reads or writes them. Nothing here needs the counts on the host. Bitwise repeatable, independent
-/// of the number of threads: every row has one writer, sums run over a in order.
+/// of the number of threads: every row has one writer, sums run over a in order. Asynchronous on cuda.
 struct expert_dispatch {
   /// The plan, in the policy's memory.
   template <device_policy P>
@@ -22,8 +22,7 @@ struct expert_dispatch {
   };
 
   /// @param expert    (M, k) expert of each slot, -1 for none
-  /// @param capacity  0: dropless. Else at most this many rows for an expert: the first slots in order stay, the
-  /// others
+  /// @param capacity  0: dropless. Else at most this many rows for an expert: the first slots in order stay, the others
   ///                  are dropped, and the rows of an expert still follow the previous expert's without a gap.
   /// On the cpu an expert that is neither -1 nor in [0, E) is a value_error; on a device it counts as none.
   /// scratch_bytes(M*k, E) of scratch.

@@ -13,7 +13,7 @@ namespace blackmamba {
 /// One step of a feedback over many training steps, not a solution: two experts that stand d apart in beta logit meet
 /// after d / (2 rate) steps. The paper adds its bias to sigmoid scores and takes the rate 0.001; router adds it to
 /// beta logit, where the same push at logit 0 takes 4 beta times that rate. Loads are those of the plan: where a
-/// capacity drops slots, an expert's load ends there. Bitwise repeatable.
+/// capacity drops slots, an expert's load ends there. Bitwise repeatable. Asynchronous on cuda.
 struct load_bias {
   /// @param offsets  (E+1)  first row of each expert, as expert_dispatch::plan leaves them, for the step that is over
   /// @param offset   (E)    in and out: the router's offset

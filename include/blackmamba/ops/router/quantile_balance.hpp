@@ -23,7 +23,7 @@ struct quantile_balance_options {
 /// known before: a fixed number of rounds, without a stop rule; the incoming offset is the start, so that one round a
 /// step will do in training. Offsets that are not finite start from 0. Rows with a logit that is not finite are left
 /// out. With k = E every token goes everywhere, and the offset stays. Bitwise repeatable, independent of the number
-/// of threads.
+/// of threads. Asynchronous on cuda.
 struct quantile_balance {
   using options = quantile_balance_options;
 

@@ -32,6 +32,7 @@ struct router_options {
 /// chosen experts' logits only).
 ///
 /// A row's result does not depend on other rows. Bitwise repeatable, independent of the number of threads.
+/// Asynchronous on cuda.
 struct router {
   using gate_function = blackmamba::gate_function;
   using options = router_options;

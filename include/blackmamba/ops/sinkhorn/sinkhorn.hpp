@@ -48,7 +48,7 @@ struct sinkhorn_report {
 ///
 /// A row with a logit that is not finite has no vote in any mode, and is counted; M above is the number of voting
 /// rows. Without any the offset stays (sound) or is zero, and the error is 0. Bitwise repeatable, independent of the
-/// number of threads. No gradient flows through g.
+/// number of threads. Asynchronous on cuda. No gradient flows through g.
 struct sinkhorn {
   using mode = sinkhorn_mode;
   using options = sinkhorn_options;
