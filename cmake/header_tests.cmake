@@ -5,12 +5,30 @@
 # defined in a header without `inline` is there twice, and the linker says so.
 #
 # nvcc takes three seconds for what the others do in a fraction of one. The C++ headers are known to stand alone when it
-# gets them, so that it gets them by folder; the CUDA headers (.cuh) it gets alone.
+# gets them, so that it gets them by folder; the CUDA headers (.cuh) it gets alone, but for those that another one of an
+# operator's folder includes: parts of it, which the contract brings in with it.
 
 file(GLOB_RECURSE blackmamba_hpp CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/include
   ${PROJECT_SOURCE_DIR}/include/blackmamba/*.hpp)
 file(GLOB_RECURSE blackmamba_cuh CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/include
   ${PROJECT_SOURCE_DIR}/include/blackmamba/*.cuh)
+
+set(blackmamba_cuh_alone "")
+foreach(header IN LISTS blackmamba_cuh)
+  get_filename_component(folder ${header} DIRECTORY)
+  set(readers "")
+  if(folder MATCHES "^blackmamba/ops/")
+    foreach(other IN LISTS blackmamba_cuh)
+      if(other MATCHES "^${folder}/")
+        file(STRINGS ${PROJECT_SOURCE_DIR}/include/${other} reads REGEX "#include <${header}>")
+        list(APPEND readers ${reads})
+      endif()
+    endforeach()
+  endif()
+  if(NOT readers)
+    list(APPEND blackmamba_cuh_alone ${header})
+  endif()
+endforeach()
 
 # blackmamba_header_units(<result> <directory> <extension> [ALONE <header>...] [BY_FOLDER <header>...])
 function(blackmamba_header_units result directory extension)
@@ -92,7 +110,7 @@ endif()
 if(blackmamba_with_cuda)
   # nvcc: the C++ headers as CUDA, and the CUDA headers.
   blackmamba_header_units(header_units ${blackmamba_header_dir}/cuda cu
-    ALONE ${blackmamba_cuh} BY_FOLDER ${blackmamba_hpp})
+    ALONE ${blackmamba_cuh_alone} BY_FOLDER ${blackmamba_hpp})
   add_executable(headers_cuda ${header_units})
   target_link_libraries(headers_cuda PRIVATE blackmamba::cuda)
   target_compile_options(headers_cuda PRIVATE ${blackmamba_cuda_warnings}
