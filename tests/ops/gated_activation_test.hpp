@@ -130,6 +130,31 @@ TEST_CASE("gated_activation: gelu keeps its relative accuracy where it almost va
   auto const y = run<activation::gelu, float>(gate, {}, 1, n), expected = reference<activation::gelu>(gate, {});
   test::check_close(y, expected, 8 * test::unit_roundoff<float>() * 2, "y", 0.0);
 }
+TEST_CASE_TEMPLATE("gated_activation: gelu of every 16-bit number is rounded almost as the exact one would be", T,
+                   bfloat16, half) {
+  test::values gate;
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    T x;
+    x.bits = static_cast<std::uint16_t>(bits);
+    double const value = convert<float>(x);
+    // Where the result is a normal number of T: below, its last place is not relative to it.
+    if (std::abs(reference<activation::gelu>({value}, {})[0]) >= (std::is_same_v<T, half> ? 0x1p-14 : 0x1p-126) &&
+        std::isfinite(value))
+      gate.push_back(value);
+  }
+  auto const n = static_cast<std::int64_t>(gate.size());
+  auto const y = run<activation::gelu, T>(gate, {}, 1, n), expected = reference<activation::gelu>(gate, {});
+  test::check_close(y, expected, (1 + 1.0 / 32) * test::unit_roundoff<T>(), "y", 0.0);
+  auto const ones = test::values(gate.size(), 1.0);
+  auto const d = run_backward<activation::gelu, T>(gate, {}, ones, 1, n).d_gate;
+  auto const exact = run_backward<activation::gelu, double>(gate, {}, ones, 1, n).d_gate;
+  test::check_close(d, exact, (1 + 1.0 / 32) * test::unit_roundoff<T>(), "d_gate");
+
+  double const infinity = std::numeric_limits<double>::infinity();
+  auto const ends = run<activation::gelu, T>({infinity, std::numeric_limits<double>::quiet_NaN()}, {}, 1, 2);
+  CHECK(ends[0] == infinity);
+  CHECK(std::isnan(ends[1]));
+}
 TEST_CASE_TEMPLATE("gated_activation: halves of one projection, in place, in both directions", T, float, bfloat16) {
   std::int64_t const rows = 7, width = 37;
   auto const gate = test::rounded<T>(test::random_normal(rows * width, 1));

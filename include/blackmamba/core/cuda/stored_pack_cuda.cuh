@@ -41,10 +41,7 @@ class stored_pack {
     raw r;
 #pragma unroll
     for (int i = 0; i < raw::words; ++i) r.w[i] = word_[i];
-    pack<accum_t<T>, N> x;
-#pragma unroll
-    for (int i = 0; i < N; ++i) x.v[i] = widen(r.e[i]);
-    return x;
+    return r.widened();
   }
   /// Every bit set: NaN.
   __device__ __forceinline__ void poison() {

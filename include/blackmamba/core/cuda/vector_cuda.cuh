@@ -66,8 +66,25 @@ struct raw_pack {
   union {
     word w[words];
     T e[N];
+    std::uint32_t pair[bytes < 4 ? 1 : bytes / 4];  // of 16-bit elements
   };
   __device__ __forceinline__ raw_pack() {}
+
+  /// One instruction for an element: of a pair, the compiler would take the upper bfloat16 out and then shift it.
+  __device__ __forceinline__ auto widened() const {
+    pack<accum_t<T>, N> x;
+    if constexpr (std::is_same_v<T, bfloat16> && N % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < N; i += 2) {
+        x.v[i] = __uint_as_float(pair[i / 2] << 16);
+        x.v[i + 1] = __uint_as_float(pair[i / 2] & 0xffff0000u);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x.v[i] = widen(e[i]);
+    }
+    return x;
+  }
 };
 
 }  // namespace detail
@@ -79,10 +96,7 @@ __device__ __forceinline__ pack<accum_t<T>, N> load_pack(T const* p) {
   raw r;
 #pragma unroll
   for (int i = 0; i < raw::words; ++i) r.w[i] = reinterpret_cast<typename raw::word const*>(p)[i];
-  pack<accum_t<T>, N> x;
-#pragma unroll
-  for (int i = 0; i < N; ++i) x.v[i] = widen(r.e[i]);
-  return x;
+  return r.widened();
 }
 /// As load_pack, for data that is read once: does not displace what the caches hold.
 template <int N, class T>
@@ -91,10 +105,7 @@ __device__ __forceinline__ pack<accum_t<T>, N> load_pack_streaming(T const* p) {
   raw r;
 #pragma unroll
   for (int i = 0; i < raw::words; ++i) r.w[i] = __ldcs(reinterpret_cast<typename raw::word const*>(p) + i);
-  pack<accum_t<T>, N> x;
-#pragma unroll
-  for (int i = 0; i < N; ++i) x.v[i] = widen(r.e[i]);
-  return x;
+  return r.widened();
 }
 template <int N, class T, class A>
 __device__ __forceinline__ void store_pack(T* p, pack<A, N> const& x) {
