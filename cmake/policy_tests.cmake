@@ -14,11 +14,16 @@ set(BLACKMAMBA_PARALLEL_TESTS
   "Regular expression over test names: what is labelled \"parallel\"")
 mark_as_advanced(BLACKMAMBA_PARALLEL_TESTS)
 
+# Sanitizers slow a program down by 3 to 20 times, and look at each access, not at its value: they are given a share of
+# the random problems that the plain programs go through whole (support.hpp: trials).
 set(blackmamba_test_prefix "")
+set(blackmamba_test_environment "")
 if(BLACKMAMBA_SANITIZE STREQUAL "thread")
   set(blackmamba_test_prefix "tsan.")
+  set(blackmamba_test_environment "TSAN_OPTIONS=halt_on_error=1;BLACKMAMBA_TEST_TRIALS_PERCENT=4")
 elseif(BLACKMAMBA_SANITIZE)
   set(blackmamba_test_prefix "asan.")
+  set(blackmamba_test_environment "UBSAN_OPTIONS=print_stacktrace=1;BLACKMAMBA_TEST_TRIALS_PERCENT=25")
 endif()
 
 add_library(blackmamba_test_main OBJECT support/main.cpp)
@@ -48,6 +53,11 @@ function(blackmamba_add_test name source)
   if(source MATCHES "\\.cu$")
     target_link_libraries(${target} PRIVATE blackmamba::cuda)
   endif()
+  # With sanitizers, what composes operators (models, training, generation) and what reads golden files takes a minute to
+  # optimise and a second to run.
+  if(BLACKMAMBA_SANITIZE AND name MATCHES "^(train|model|generate)\\.|golden")
+    target_compile_options(${target} PRIVATE -O0)
+  endif()
   # Each test runs in a folder of its own, for the files it writes.
   set(run_dir ${CMAKE_CURRENT_BINARY_DIR}/run/${name})
   file(MAKE_DIRECTORY ${run_dir})
@@ -59,7 +69,7 @@ function(blackmamba_add_test name source)
     LABELS "${labels}"
     SKIP_RETURN_CODE 77
     TIMEOUT 600
-    ENVIRONMENT "UBSAN_OPTIONS=print_stacktrace=1;TSAN_OPTIONS=halt_on_error=1")
+    ENVIRONMENT "${blackmamba_test_environment}")
 endfunction()
 
 # blackmamba_policy_test(<layer> <name>): the programs of one test body.

@@ -18,8 +18,8 @@ TEST_CASE_TEMPLATE("attention: equals its definition at every size and type", T,
 
 TEST_CASE("attention: equals its definition on 10,000 random small problems, on a device on 1,000") {
   // There a problem takes as long as its memory does to come and go.
-  std::uint64_t const trials = std::is_same_v<test::test_space, space::device> ? 1000 : 10000;
-  for (std::uint64_t trial = 0; trial < trials; ++trial) {
+  std::uint64_t const problems = test::trials(std::is_same_v<test::test_space, space::device> ? 1000 : 10000);
+  for (std::uint64_t trial = 0; trial < problems; ++trial) {
     std::uint64_t draw = 0;
     auto const pick = [&](std::int64_t low, std::int64_t high) {
       return test::random_integer(trial, draw++, low, high);

@@ -297,7 +297,7 @@ TEST_CASE("causal_conv1d: sequences without steps hand their state on") {
 }
 
 TEST_CASE("causal_conv1d: thousands of small problems equal the definition") {
-  std::uint64_t const problems = std::is_same_v<test_space, space::host> ? 10000 : 2400;
+  std::uint64_t const problems = test::trials(std::is_same_v<test_space, space::host> ? 10000 : 2400);
   auto const check = []<class T>(T, std::uint64_t i) {
     std::uint64_t n = 0;
     auto const any = [&](std::int64_t low, std::int64_t high) { return test::random_integer(i, n++, low, high); };

@@ -237,7 +237,7 @@ TEST_CASE("first_order_recurrence: gradients equal central differences") {
 }
 
 TEST_CASE("first_order_recurrence: thousands of random shapes equal the definition") {
-  std::uint64_t const shapes = std::is_same_v<test_space, space::host> ? 10000 : 2500;
+  std::uint64_t const shapes = test::trials(std::is_same_v<test_space, space::host> ? 10000 : 2500);
   for (std::uint64_t i = 0; i < shapes; ++i) {
     auto const pick = [&](std::uint64_t what, std::int64_t low, std::int64_t high) {
       return test::random_integer(100 + what, i, low, high);

@@ -113,7 +113,7 @@ TEST_CASE("selective_scan: step equals forward with any number of states") {
 }
 
 TEST_CASE("selective_scan: equals its definition in 10,000 random cases") {
-  for (std::uint64_t seed = 1; seed <= 10000; ++seed) switch (seed % 6) {
+  for (std::uint64_t seed = 1; seed <= test::trials(10000); ++seed) switch (seed % 6) {
       case 0: check_case<1>(seed); break;
       case 1: check_case<3>(seed); break;
       case 2: check_case<8>(seed); break;

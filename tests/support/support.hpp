@@ -6,8 +6,10 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <string>
@@ -36,6 +38,17 @@ inline values random_uniform(std::int64_t n, std::uint64_t seed, double low, dou
 inline std::int64_t random_integer(std::uint64_t seed, std::uint64_t i, std::int64_t low, std::int64_t high) {
   return low +
          static_cast<std::int64_t>(blackmamba::philox(seed, 9).bits(i) % static_cast<std::uint64_t>(high - low + 1));
+}
+
+/// How many of a property test's random problems this run goes through: all of them, or the share, in per cent, that
+/// the environment's BLACKMAMBA_TEST_TRIALS_PERCENT says, for tools under which a program runs many times longer.
+inline std::uint64_t trials(std::uint64_t all) {
+  char const* const percent = std::getenv("BLACKMAMBA_TEST_TRIALS_PERCENT");
+  if (percent == nullptr) return all;
+  int const share = std::atoi(percent);
+  bool const valid = share >= 1 && share <= 100;
+  REQUIRE_MESSAGE(valid, "BLACKMAMBA_TEST_TRIALS_PERCENT is \"" << percent << "\"; expected 1 to 100");
+  return (all * static_cast<std::uint64_t>(share) + 99) / 100;
 }
 
 /// The values as T in the policy's memory.
@@ -130,9 +143,10 @@ inline void check_close_at_scale(values actual, values expected, double scale, d
 }
 inline void check_equal(values const& actual, values const& expected, std::string const& what = "") {
   REQUIRE_MESSAGE(actual.size() == expected.size(), what);
-  for (std::size_t i = 0; i < actual.size(); ++i)
-    REQUIRE_MESSAGE(actual[i] == expected[i], what << ": element " << i << " is " << actual[i] << ", expected "
-                                                   << expected[i]);
+  auto const differs = std::mismatch(actual.begin(), actual.end(), expected.begin());
+  bool const equal = differs.first == actual.end();
+  REQUIRE_MESSAGE(equal, what << ": element " << differs.first - actual.begin() << " is "
+                              << (equal ? 0 : *differs.first) << ", expected " << (equal ? 0 : *differs.second));
 }
 
 /// Checks d(loss)/d(x) against central differences of loss(x) in double: 4th-order stencil, every coordinate.
