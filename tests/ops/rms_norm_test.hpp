@@ -48,6 +48,16 @@ result run(test::values const& x, test::values const& residual, test::values con
   }
   return {test::download(y), test::download(sum), test::download(rstd)};
 }
+/// As run, of x alone: in place, without the sum.
+template <class T>
+result run_alone(test::values const& x, test::values const& weight, std::int64_t rows, std::int64_t width) {
+  using A = accum_t<T>;
+  auto const y = test::upload<T>(x, rows, width);
+  auto const w = test::upload<A>(weight, width);
+  auto const rstd = test::poisoned<A>(rows);
+  rms_norm::forward(make_policy(), {.x = y, .weight = w}, y.as_view(), {.rstd = rstd});
+  return {test::download(y), {}, test::download(rstd)};
+}
 
 struct gradients {
   test::values d_s, d_weight;
@@ -104,8 +114,8 @@ double largest(test::values const& v) {
 
 TEST_CASE_TEMPLATE("rms_norm: equals its definition at every size and type", T, STORAGE_TYPES) {
   for (std::int64_t rows : {0, 1, 2, 3, 65})
-    for (std::int64_t width : {1, 2, 15, 16, 17, 64, 1472, 5004, 16388, 70001}) {
-      if (width > 5000 && rows != 2) continue;  // rows that no block of threads holds in registers
+    for (std::int64_t width : {1, 2, 15, 16, 17, 64, 1472, 5004, 5008, 16388, 65536, 70001}) {
+      if (width > 5000 && rows != 2) continue;  // rows of many warps, rows that no block holds in registers
       auto const x = test::rounded<T>(test::random_normal(rows * width, 1));
       auto const w = test::rounded<accum_t<T>>(test::random_normal(width, 2));
       auto const residual = test::rounded<accum_t<T>>(test::random_normal(rows * width, 3, 3.0));
@@ -116,6 +126,10 @@ TEST_CASE_TEMPLATE("rms_norm: equals its definition at every size and type", T, 
         test::check_close(actual.y, expected.y, test::tolerance<T>(width), "y");
         test::check_close(actual.sum, expected.sum, test::tolerance<accum_t<T>>(), "sum");
         test::check_close(actual.rstd, expected.rstd, test::tolerance<accum_t<T>>(width), "rstd");
+        if (with_residual) continue;
+        auto const alone = run_alone<T>(x, w, rows, width);
+        test::check_close(alone.y, expected.y, test::tolerance<T>(width), "y of x alone");
+        test::check_close(alone.rstd, expected.rstd, test::tolerance<accum_t<T>>(width), "rstd of x alone");
       }
     }
 }

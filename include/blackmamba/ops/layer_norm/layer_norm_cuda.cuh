@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/cuda/norm_rows_backward_cuda.cuh>
 #include <blackmamba/core/cuda/norm_rows_cuda.cuh>
 #include <blackmamba/core/cuda/reduce_cuda.cuh>
 #include <blackmamba/ops/layer_norm/layer_norm.hpp>
