@@ -85,8 +85,9 @@ struct convolution_column {
   }
 
   static __device__ __forceinline__ void widen_to(A (&to)[N], raw const& r) {
+    auto const x = r.widened();
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = widen(r.e[i]);
+    for (int i = 0; i < N; ++i) to[i] = x[i];
   }
 };
 
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(32 * convolution_forward_warps, 6)
                           int steps_shift) {
   using column_type = convolution_column<T, K, N>;
   using raw = typename column_type::raw;
-  constexpr int together = 4;
+  constexpr int together = sizeof(T) == 2 ? 8 : 4;  // rows on their way: in bytes as many for each type
   std::int64_t const channel = (std::int64_t{blockIdx.x % channel_blocks} * 32 + threadIdx.x) * N;
   if (channel >= y.extent(2)) return;
   sequences::block at;
@@ -123,7 +124,6 @@ __global__ void __launch_bounds__(32 * convolution_forward_warps, 6)
   T const* from = in.x.row(at.batch, at.first + begin) + channel;
   T* to = y.row(at.batch, at.first + begin) + channel;
   std::int64_t const from_stride = in.x.stride(1), to_stride = y.stride(1);
-  bool const silu = in.silu;
   raw ahead[together];  // step t's in place t % together
   auto const fetch = [&](int t, raw& place) {
     if (t < steps) place = column_type::load(from);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(32 * convolution_forward_warps, 6)
   column_type c;
   c.read_past(in, at, begin, channel);
   c.read_taps(in, channel);
-  auto const one = [&](int t, raw& newest) {
+  auto const one = [&](bool silu, int t, raw& newest) {
     c.push(newest);
     fetch(t + together, newest);
     pack<accum_t<T>, N> result;
@@ -147,13 +147,17 @@ __global__ void __launch_bounds__(32 * convolution_forward_warps, 6)
     to += to_stride;
   };
   int t = 0;
-  for (; t + together <= steps; t += together) {
+  auto const groups = [&](bool silu) {
+    for (; t + together <= steps; t += together) {
 #pragma unroll
-    for (int u = 0; u < together; ++u) one(t + u, ahead[u]);
-  }
+      for (int u = 0; u < together; ++u) one(silu, t + u, ahead[u]);
+    }
+  };
+  // Asked once for all: a question at each step would keep their latencies from overlapping.
+  in.silu ? groups(true) : groups(false);
 #pragma unroll
   for (int u = 0; u + 1 < together; ++u)
-    if (t + u < steps) one(t + u, ahead[u]);
+    if (t + u < steps) one(in.silu, t + u, ahead[u]);
 
   if (final_state.present() && begin + steps == at.length) {
 #pragma unroll
@@ -198,7 +202,6 @@ __global__ void __launch_bounds__(32 * convolution_backward_warps, sizeof(accum_
     T const* d_y = in.d_y.row(at.batch, at.first + begin) + channel;
     T* d_x = d.d_x.row(at.batch, at.first + begin) + channel;
     std::int64_t const x_stride = in.x.stride(1), d_y_stride = in.d_y.stride(1), d_x_stride = d.d_x.stride(1);
-    bool const silu = in.silu;
     raw ahead_x[together], ahead_d_y[together];  // step t's in place t % together
     auto const fetch = [&](int t, int place) {
       if (t < known) {
@@ -220,7 +223,7 @@ __global__ void __launch_bounds__(32 * convolution_backward_warps, sizeof(accum_
 #pragma unroll
         for (int i = 0; i < N; ++i) g[k][i] = g[k + 1][i];
     };
-    auto const input = [&](int t, int place, bool own) {
+    auto const input = [&](int t, int place, bool own, bool silu) {
       c.push(ahead_x[place]);
       shift();
       A d_p[N];
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(32 * convolution_backward_warps, sizeof(accum_
     // The first steps and those that are left: their inputs, or the outputs, may be another tile's or the states'.
     auto const edge = [&](int t, int place) {
       if (t < known) {
-        input(t, place, t < steps);
+        input(t, place, t < steps, in.silu);
       } else {
         shift();
 #pragma unroll
@@ -280,22 +283,44 @@ __global__ void __launch_bounds__(32 * convolution_backward_warps, sizeof(accum_
     };
 
     int const all = steps + K - 1;  // the K-1 steps below the tile complete its d_x
-    int t = 0;
-#pragma unroll
-    for (int u = 0; u < together; ++u)
-      if (u < all) edge(u, u);
-    for (t = together; t + together <= steps; t += together) {
+    // Most tiles touch no state, have steps below them and an activation: there no step asks anything, so that the
+    // latencies of several overlap.
+    bool const plain = N > 1 && in.silu && steps % together == 0 && begin + all <= at.length &&
+                       !(begin == 0 && d.d_initial_state.present());
+    auto const middle = [&](int t, bool silu) {
 #pragma unroll
       for (int u = 0; u < together; ++u) {
-        input(t + u, u, true);
+        input(t + u, u, true, silu);
         output(d_x, nullptr);
         d_x += d_x_stride;
       }
-    }
-    for (; t < all; t += together) {
+    };
+    if (plain) {
+#pragma unroll
+      for (int u = 0; u < together; ++u) {
+        input(u, u, true, true);
+        if (u < K - 1) continue;
+        output(d_x, nullptr);
+        d_x += d_x_stride;
+      }
+      for (int t = together; t < steps; t += together) middle(t, true);
+#pragma unroll
+      for (int u = 0; u < K - 1; ++u) {
+        input(steps + u, u, false, true);
+        output(d_x, nullptr);
+        d_x += d_x_stride;
+      }
+    } else {
 #pragma unroll
       for (int u = 0; u < together; ++u)
-        if (t + u < all) edge(t + u, u);
+        if (u < all) edge(u, u);
+      int t = together;
+      for (; t + together <= steps; t += together) middle(t, in.silu);
+      for (; t < all; t += together) {
+#pragma unroll
+        for (int u = 0; u < together; ++u)
+          if (t + u < all) edge(t + u, u);
+      }
     }
   }
 
