@@ -39,25 +39,26 @@ struct embedding {
     scratch<P> memory(policy, scratch_bytes<space>(rows, vocabulary));
     auto order = memory.template allocate<std::int64_t>(rows);
     auto first = memory.template allocate<std::int64_t>(vocabulary + 1);
-    auto frequent = memory.template allocate<std::int32_t>(frequent_size<space>(rows));
-    backend_of<embedding, P>::backward(policy, token, d_y, d_table, order, first, frequent);
+    auto lists = memory.template allocate<std::int32_t>(lists_size<space>(rows));
+    backend_of<embedding, P>::backward(policy, token, d_y, d_table, order, first, lists);
   }
 
-  /// Positions sorted by token, where each token's begin, and, on a device, a list of the tokens that occur often.
+  /// Positions sorted by token, where each token's begin, and, on a device, the tokens in that order and a list of those
+  /// that occur often.
   template <class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t vocabulary) {
     return scratch_sum(sizeof(std::int64_t) * static_cast<std::size_t>(rows),
                        sizeof(std::int64_t) * static_cast<std::size_t>(vocabulary + 1),
-                       sizeof(std::int32_t) * static_cast<std::size_t>(frequent_size<Space>(rows)));
+                       sizeof(std::int32_t) * static_cast<std::size_t>(lists_size<Space>(rows)));
   }
 
   /// A token that occurs more often than this is summed by a block of threads of its own.
-  static constexpr std::int64_t seldom = 64;
+  static constexpr std::int64_t seldom = 512;
 
  private:
   template <class Space>
-  static constexpr std::int64_t frequent_size(std::int64_t rows) {
-    return std::is_same_v<Space, space::host> ? 0 : 1 + rows / seldom;  // how many, and which
+  static constexpr std::int64_t lists_size(std::int64_t rows) {
+    return std::is_same_v<Space, space::host> ? 0 : rows + 1 + rows / seldom;  // of those: how many, and which
   }
 };
 
