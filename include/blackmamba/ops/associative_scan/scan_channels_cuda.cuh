@@ -4,8 +4,7 @@
 #include <cstdint>
 
 /// Scans along L of (B, L, D), for each rule: scan_channels<Rule, Split>, split where there are few sequences and
-/// channels. Then blocks wait for blocks of lower index, which are taken to start before
-/// them, as CUB takes it too.
+/// channels.
 namespace blackmamba::cuda::detail {
 
 /// As gather_rows, for 32 channels: each lane adds up its own channel's totals, one after another.
@@ -89,7 +88,8 @@ __global__ void __launch_bounds__(32 * Rule::warps, Rule::blocks_per_multiproces
   __shared__ value_array<map, 32 * warps> totals;
   __shared__ value_array<state, 32> gathered;
   int const lane = static_cast<int>(threadIdx.x), warp = static_cast<int>(threadIdx.y);
-  std::int64_t const tile = blockIdx.x % channel_tiles, number = blockIdx.x / channel_tiles;
+  unsigned const place = Split ? slots.take_ticket() : blockIdx.x;
+  std::int64_t const tile = place % channel_tiles, number = place / channel_tiles;
   std::int64_t const channel = tile * 32 + lane;
   bool const inside = channel < channels;
   sequences::block at;
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(32 * Rule::warps, Rule::blocks_per_multiproces
         reached = gathered[lane];
       }
     } else if (inside) {
-      std::int64_t const place = begin / (warps * steps);
-      int const p = static_cast<int>(place & 31), q = static_cast<int>(place >> 5 & 31);
+      std::int64_t const before = begin / (warps * steps);
+      int const p = static_cast<int>(before & 31), q = static_cast<int>(before >> 5 & 31);
       reached = third;
       if (q > 0) reached = rule.advance(reached, groups);
       if (p > 0) reached = rule.advance(reached, tiles);

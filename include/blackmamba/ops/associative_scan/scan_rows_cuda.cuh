@@ -140,7 +140,7 @@ struct scan_stash {
 /// was published a tile ago.
 template <class Rule>
 __global__ void __launch_bounds__(scan_tiles::threads + 32, scan_stash<Rule>::blocks)
-    scan_rows_streamed(Rule rule, sequences list, scan_slots<typename Rule::map> slots, std::int32_t* tickets) {
+    scan_rows_streamed(Rule rule, sequences list, scan_slots<typename Rule::map> slots) {
   using map = typename Rule::map;
   using state = typename Rule::state;
   constexpr int items = Rule::items, packs = Rule::packs, segment = 32 * items * packs, warps = 8;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(scan_tiles::threads + 32, scan_stash<Rule>::bl
     taken[n & 7] = t;
   };
   if (thread == 32 * warps)
-    for (int n = 0; n < 3; ++n) take(n, atomicAdd(tickets, 1));
+    for (int n = 0; n < 3; ++n) take(n, atomicAdd(slots.tickets, 1));
   __syncthreads();
 
   if (warp == warps) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(scan_tiles::threads + 32, scan_stash<Rule>::bl
         for (int w = 1; w < warps; ++w) total = rule(total, totals[(n & 1) * warps + w]);
         if (lane == 0) slots.put(0, t.number, total);
       }
-      int const number = lane == 0 ? atomicAdd(tickets, 1) : 0;
+      int const number = lane == 0 ? atomicAdd(slots.tickets, 1) : 0;
       if (t.real) {
         state const reached = gather_rows(rule, slots, t.number, t.at, total, lane);
         if (lane == 0) gathered[n & 1] = reached;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(scan_tiles::threads + 32, scan_stash<Rule>::bl
   }
 }
 
-/// Rows of which each has a block.
+/// Rows of which each has a block. Split, which it is for what a stash can't hold: each tile has one.
 template <class Rule>
 __global__ void __launch_bounds__(scan_tiles::threads, Rule::blocks_per_multiprocessor)
     scan_rows(Rule rule, sequences list, scan_slots<typename Rule::map> slots, bool split) {
@@ -244,8 +244,10 @@ __global__ void __launch_bounds__(scan_tiles::threads, Rule::blocks_per_multipro
   __shared__ value_array<state, 1> gathered;
   int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int const warps = static_cast<int>(blockDim.x) / 32;
+  unsigned number = blockIdx.x;
+  if (!scan_stash<Rule>::fits && split) number = slots.take_ticket();
   sequences::block at;
-  if (!list.find(blockIdx.x, at)) return;
+  if (!list.find(number, at)) return;
   auto const line = rule.start(at);
   if (at.length == 0) {
     if (threadIdx.x == 0) rule.final(at, line, rule.initial(at));
@@ -272,8 +274,8 @@ __global__ void __launch_bounds__(scan_tiles::threads, Rule::blocks_per_multipro
     state reached{};
     if (!scan_stash<Rule>::fits && split) {
       if (warp == 0) {
-        if (lane == 0) slots.put(0, blockIdx.x, total);
-        reached = gather_rows(rule, slots, blockIdx.x, at, total, lane);
+        if (lane == 0) slots.put(0, number, total);
+        reached = gather_rows(rule, slots, number, at, total, lane);
         if (lane == 0) gathered[0] = reached;
       }
       __syncthreads();
@@ -317,14 +319,14 @@ void launch_scan_rows(char const* op, device::cuda const& policy, Rule const& ru
       length > tile && count < std::int64_t{properties().multiprocessors} * scan_sequences_per_multiprocessor;
   sequences const list(rows, length, cu_seqlens, split ? scan_shift(tile) : 62);
   scan_slots<Map> slots{};
-  if (split) slots = empty_flags(op, policy, carries, flags, list.blocks(), 1, scan_tiles::with_flag<Map> ? 4 : 1);
+  if (split) slots = empty_flags(op, policy, carries, flags, list.blocks(), 1, scan_tiles::flags_of_row<Map>);
   if constexpr (scan_stash<Rule>::fits)
     if (split) {
       std::int64_t const resident = std::int64_t{properties().multiprocessors} * scan_stash<Rule>::blocks;
       launch(op, policy,
              {static_cast<unsigned>(std::min<std::int64_t>(resident, list.blocks())),
               static_cast<unsigned>(scan_tiles::threads + 32), scan_stash<Rule>::launch_bytes},
-             scan_rows_streamed<Rule>, rule, list, slots, flags.data() + flags.size() - 1);
+             scan_rows_streamed<Rule>, rule, list, slots);
       return;
     }
   std::int64_t const warps = length >= tile ? 8 : (length + segment - 1) / segment;

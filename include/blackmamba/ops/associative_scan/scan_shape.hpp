@@ -76,9 +76,14 @@ struct scan_tiles {
   static constexpr std::int64_t of_rows = threads * packs<E> / 2;
   template <class E>
   static constexpr std::int64_t of_channels = std::max(1, warps<E> * steps<E> / 2);
-  /// Elements so small are handed on together with their flag, as 16 bytes.
+  /// Rows: elements so small are handed on together with their flags, each 4 bytes with their own as one word of 8.
   template <class E>
-  static constexpr bool with_flag = sizeof(E) <= 12;
+  static constexpr bool with_flag = sizeof(E) <= 8;
+  /// Rows: flags of an element, those of small ones and the elements themselves.
+  template <class E>
+  static constexpr std::int64_t flags_of_row = with_flag<E> ? 2 * static_cast<std::int64_t>((sizeof(E) + 3) / 4) : 1;
+  /// Flags ahead of the others, the first of which counts tiles that blocks took; as many as keep the others aligned.
+  static constexpr std::int64_t tickets = 4;
 };
 
 /// Extents of a scan, taken from its result, against which the other arguments are checked.
@@ -141,8 +146,8 @@ class scan_shape {
   std::int64_t flags() const {
     if constexpr (std::is_same_v<Space, space::host>)
       return blocks<E>() * ((channels_ + scan_blocks::channel_tile<E> - 1) / scan_blocks::channel_tile<E>);
-    std::int64_t const each = rank_ == 2 ? (scan_tiles::with_flag<E> ? 4 : 1) : (channels_ + 31) / 32;
-    return scan_tiles::levels * blocks<E, Space>() * each + 1;  // the last one counts tiles that blocks took
+    std::int64_t const each = rank_ == 2 ? scan_tiles::flags_of_row<E> : (channels_ + 31) / 32;
+    return scan_tiles::tickets + scan_tiles::levels * blocks<E, Space>() * each;
   }
   template <class E, class Space = space::host>
   std::size_t scratch_bytes() const {

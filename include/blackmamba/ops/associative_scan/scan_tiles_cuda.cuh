@@ -19,7 +19,8 @@
 /// before the third level's, then the groups before, then the tiles before. Where sequences are many, a block of
 /// threads walks down its own. Where they are few, tiles are divided among blocks, which publish their totals and
 /// gather the others: a single pass as in Merrill and Garland, "Single-pass parallel prefix scan with decoupled
-/// look-back", 2016, but for that order, which makes it bitwise repeatable.
+/// look-back", 2016, but for that order, which makes it bitwise repeatable. Tiles go to blocks in the order in which
+/// these start: what a block waits for is done, or a running block's.
 namespace blackmamba::cuda {
 
 /// Sequences are split among blocks of threads where there are fewer of them (times tiles of 32 channels) for each
@@ -116,6 +117,7 @@ __device__ __forceinline__ unsigned char load_word(unsigned char const* p) {
 template <class E>
 struct scan_slots {
   E* values;
+  std::int32_t* tickets;  // how many tiles were taken
   std::int32_t* flags;
   std::int64_t count;     // of a section
   std::int64_t channels;  // values of a slot
@@ -123,19 +125,29 @@ struct scan_slots {
 
   static constexpr bool with_flag = scan_tiles::with_flag<E>;
 
-  /// Rows: one value. Small ones travel with their flag in one access.
+  /// Called by all threads of a block as it starts: the number of a tile that no other block takes.
+  __device__ __forceinline__ unsigned take_ticket() const {
+    __shared__ unsigned number;
+    if (threadIdx.x == 0 && threadIdx.y == 0) number = static_cast<unsigned>(atomicAdd(tickets, 1));
+    __syncthreads();
+    return number;
+  }
+
+  /// Rows: one value. Of small ones each word travels with a flag of its own: accesses of 8 bytes are the largest that
+  /// the memory model of PTX knows as one; a pair of them is two, in any order.
   template <class V>
   __device__ __forceinline__ void put(int level, std::int64_t number, V const& value) const {
     static_assert(sizeof(V) <= sizeof(E));
     std::int64_t const slot = level * count + number;
     auto const w = to_words(value);
     if constexpr (with_flag) {
-      std::uint32_t word[3] = {};
-#pragma unroll
-      for (int i = 0; i < value_words<V>::count; ++i) word[i] = w.w[i];
-      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(flags + 4 * slot), "r"(word[0]),
-                   "r"(word[1]), "r"(word[2]), "r"(1u)
-                   : "memory");
+      auto* const to = flags + scan_tiles::flags_of_row<E> * slot;
+      constexpr std::uint64_t flag = std::uint64_t{1} << 32;
+      if constexpr (value_words<V>::count == 1)
+        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(flag | w.w[0]) : "memory");
+      else
+        asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(flag | w.w[0]), "l"(flag | w.w[1])
+                     : "memory");
     } else {
       memcpy(static_cast<void*>(values + slot), &value, sizeof(V));
       __threadfence();
@@ -147,18 +159,20 @@ struct scan_slots {
     std::int64_t const slot = level * count + number;
     value_words<V> w;
     if constexpr (with_flag) {
-      std::uint32_t word[4];
-      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                   : "l"(flags + 4 * slot)
-                   : "memory");
-      if (word[3] == 0) return false;
-        // Words that hold nothing are zero. They take part, or else the assembler would cut the access in two, of which
-        // the flag's could be the later one.
+      auto const* const from = flags + scan_tiles::flags_of_row<E> * slot;
+      std::uint64_t word[value_words<V>::count];
+      if constexpr (value_words<V>::count == 1)
+        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word[0]) : "l"(from) : "memory");
+      else
+        asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                     : "=l"(word[0]), "=l"(word[1])
+                     : "l"(from)
+                     : "memory");
 #pragma unroll
-      for (int i = value_words<V>::count; i < 3; ++i) word[0] ^= word[i];
-#pragma unroll
-      for (int i = 0; i < value_words<V>::count; ++i) w.w[i] = word[i];
+      for (int i = 0; i < value_words<V>::count; ++i) {
+        if (word[i] >> 32 == 0) return false;
+        w.w[i] = static_cast<std::uint32_t>(word[i]);
+      }
       value = from_words<V>(w);
     } else {
       if (!published_word(flags + slot)) return false;
@@ -208,11 +222,9 @@ template <class Map>
 scan_slots<Map> empty_flags(char const* op, device::cuda const& policy, view<space::device, Map, dyn, dyn> carries,
                             view<space::device, std::int32_t, dyn> flags, std::int64_t blocks, std::int64_t channels,
                             std::int64_t flags_each) {
-  check(op, cudaMemsetAsync(flags.data(), 0,
-                            sizeof(std::int32_t) * static_cast<std::size_t>(scan_tiles::levels * blocks * flags_each),
-                            policy.stream));
-  check(op, cudaMemsetAsync(flags.data() + flags.size() - 1, 0, sizeof(std::int32_t), policy.stream));
-  return {carries.data(), flags.data(), blocks, channels, flags_each};
+  std::int64_t const count = scan_tiles::tickets + scan_tiles::levels * blocks * flags_each;
+  check(op, cudaMemsetAsync(flags.data(), 0, sizeof(std::int32_t) * static_cast<std::size_t>(count), policy.stream));
+  return {carries.data(), flags.data(), flags.data() + scan_tiles::tickets, blocks, channels, flags_each};
 }
 
 }  // namespace detail
