@@ -462,6 +462,40 @@ TEST_CASE("attention: shapes that disagree are named") {
         }) == "attention: rotary_base: got -1.000000, expected a positive number, or 0 for none");
 }
 
+TEST_CASE_TEMPLATE("attention: no length passes the capacity, and no other sequence notices", T, float, bfloat16) {
+  auto const prompt = packed_of({5, 66, 68, 70}, 4, 2, 16), more = packed_of({4, 4, 4, 4}, 4, 2, 16);
+  auto const one = batch_of(4, 1, 4, 2, 16);
+  auto const x = random_tensors(more, 7), token = random_tensors(one, 8);
+  cache_tensors<T> roomy(prompt, 80), full(prompt, 70);
+  for (auto const* cache : {&roomy, &full}) prefill<T>(prompt, random_tensors(prompt), *cache);
+  auto const check_held = [&](std::array<std::int64_t, 4> const& lengths) {
+    test::check_equal(test::download(full.length), test::values(lengths.begin(), lengths.end()), "length");
+    for (std::int64_t s = 0; s < 4; ++s)
+      for (auto part : {&cache_tensors<T>::key, &cache_tensors<T>::value}) {
+        auto const held = [&](cache_tensors<T> const& cache) {
+          auto const all = test::download(cache.*part);
+          auto const begin = all.begin() + s * cache.key.extent(1) * 2 * 16;
+          return test::values(begin, begin + lengths[at(s)] * 2 * 16);
+        };
+        test::check_equal(held(full), held(roomy), "keys and values");
+      }
+  };
+  if constexpr (std::is_same_v<test_policy, device::cpu>) {
+    CHECK_THROWS_AS(prefill<T>(more, x, full), value_error);
+    CHECK_THROWS_AS(step<T>(one, token, full), value_error);
+    check_held({5, 66, 68, 70});
+  } else {  // the third sequence's last two tokens, and the fourth's, are dropped
+    auto const first = [](test::values v, std::int64_t count) {
+      v.resize(at(count * 4 * 16));
+      return v;
+    };
+    test::check_equal(first(prefill<T>(more, x, full).y, 10), first(prefill<T>(more, x, roomy).y, 10), "y");
+    check_held({9, 70, 70, 70});
+    test::check_equal(first(step<T>(one, token, full), 1), first(step<T>(one, token, roomy), 1), "y of a step");
+    check_held({10, 70, 70, 70});
+  }
+}
+
 // What lies in the policy's memory is looked at where that is the host's.
 TEST_CASE("attention: values that make no sense are named") {
   if constexpr (std::is_same_v<test_policy, device::cpu>) {

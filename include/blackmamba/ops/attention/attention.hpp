@@ -51,8 +51,10 @@ struct attention {
   /// y (B, L, Hq, dh); may be strided, aliases nothing.
   ///
   /// With a cache, the L tokens of each sequence are appended to it, and attend over everything that it holds: a
-  /// prompt may come in pieces, and gives the same bits as whole. Tokens that would exceed the capacity: value_error,
-  /// nothing is changed (cpu; on other devices a precondition).
+  /// prompt may come in pieces, and gives the same bits as whole.
+  /// The length never exceeds the capacity. Tokens that would: value_error, nothing is changed (cpu). On a device
+  /// nothing sees how full the cache is before the kernels run: there such tokens are dropped, and their y is
+  /// unspecified; the sequence's other tokens, and the other sequences, are as ever.
   /// Scratch: scratch_bytes<T, memory space>(B, L, Hkv, dh, rotary, cached).
   template <device_policy P, storage T>
   static void forward(P const& policy, inputs<home<P>, T> const& in, out<P, T, dyn, dyn, dyn, dyn> y,
@@ -132,8 +134,8 @@ struct attention {
     in<P, T, dyn, dyn, dyn> v;  // (B, Hkv, dh)
     float rotary_base = 10000;
   };
-  /// One token for each sequence: forward with L = 1, reading the cache once. y (B, Hq, dh). On a device nothing sees
-  /// how full the cache is: that length[b] < capacity is a precondition there.
+  /// One token for each sequence: forward with L = 1, reading the cache once; the same holds at a full cache.
+  /// y (B, Hq, dh).
   /// Scratch: step_scratch_bytes<T, memory space>(B, Hq, Hkv, dh, capacity).
   template <device_policy P, storage T>
   static void step(P const& policy, step_inputs<home<P>, T> const& in, attention::cache<home<P>, T> const& state,

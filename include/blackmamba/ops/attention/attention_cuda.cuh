@@ -44,6 +44,7 @@ struct backend<attention, device::cuda> {
       a.k = attention_cuda::heads_of<T const>(held.key);
       a.v = attention_cuda::heads_of<T const>(held.value);
       a.past = held.length.data();
+      a.capacity = held.key.extent(1);
       a.kv_vectorised = cuda::rows_in_packs<8>(held.key) && cuda::rows_in_packs<8>(held.value);
     } else {
       a.k = turned ? attention_cuda::heads_of<T const>(tables.k) : attention_cuda::heads_of<T const>(in.k);
@@ -76,7 +77,7 @@ struct backend<attention, device::cuda> {
                    attention_cuda::forward_simt<T>, a);
     if (cached)
       cuda::launch("attention", policy, {cuda::blocks_for(map.count, 256), 256}, attention_cuda::advance_lengths<0>,
-                   map, held.length.data());
+                   map, held.key.extent(1), held.length.data());
   }
 
   template <class T>
@@ -159,6 +160,8 @@ struct backend<attention, device::cuda> {
     a.held = held.data();
     a.partial = partial.data();
     a.batch = y.extent(0);
+    a.capacity = state.key.extent(1);
+    if (a.capacity == 0) return;
     a.splits = partial.extent(1);
     a.heads = static_cast<int>(y.extent(1));
     a.share = static_cast<int>(y.extent(1) / in.k.extent(1));

@@ -2,6 +2,7 @@
 #include <blackmamba/ops/attention/attention_tiles_cuda.cuh>
 
 #include <cmath>
+#include <limits>
 
 /// Attention forward on tensor cores, for T = bfloat16 and half, HeadDim = 32, 64, 96, 128, 256 (heads are padded with
 /// zeros in shared memory to the next of these). A block of four warps owns 128 queries of one head (64 beyond 128
@@ -20,6 +21,7 @@ struct forward_arguments {
   accum_t<T> const* angles = nullptr;  // of the queries: a row for each position, or with a cache for each token
   sequence_map map;
   std::int32_t const* past = nullptr;  // tokens in the cache before these, for each sequence; k and v are the cache
+  std::int64_t capacity = std::numeric_limits<std::int64_t>::max();  // of the cache
   int heads = 0, share = 0, head_dim = 0;
   accum_t<T> scale = 0;  // log2(e) / sqrt(dh)
   bool q_vectorised = false, kv_vectorised = false, y_paired = false;
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
   tile const t = a.map.find<shape::queries>(blockIdx.x / static_cast<unsigned>(a.heads));
   if (t.rows == 0) return;
   std::int64_t const past = a.past ? a.past[t.sequence] : 0;
-  std::int64_t const all_keys = past + t.begin + t.rows;
+  std::int64_t const all_keys = min(past + t.begin + t.rows, a.capacity);
   T const* const k = a.past ? a.k.at(t.sequence, 0, head / a.share) : a.k.at(t.batch, t.first, head / a.share);
   T const* const v = a.past ? a.v.at(t.sequence, 0, head / a.share) : a.v.at(t.batch, t.first, head / a.share);
   auto const load_keys = [&](std::int64_t key) {

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(128) turn_rows(heads_view<T const> const x, T*
              head_dim, angles + index * head_dim, vectorised);
 }
 
-/// Keys, turned, and values behind those that the cache holds.
+/// Keys, turned, and values behind those that the cache holds; those beyond its capacity are dropped.
 template <class T>
 __global__ void __launch_bounds__(128)
     append_rows(heads_view<T const> const k, heads_view<T const> const v, heads_view<T> const key,
@@ -128,10 +128,12 @@ __global__ void __launch_bounds__(128)
 }
 
 template <int>
-__global__ void __launch_bounds__(256) advance_lengths(sequence_map const map, std::int32_t* held) {
+__global__ void __launch_bounds__(256)
+    advance_lengths(sequence_map const map, std::int64_t capacity, std::int32_t* held) {
   std::int64_t const s = std::int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (s < map.count)
-    held[s] += static_cast<std::int32_t>(map.offsets ? map.offsets[s + 1] - map.offsets[s] : map.length);
+    held[s] = static_cast<std::int32_t>(
+        min(held[s] + (map.offsets ? map.offsets[s + 1] - map.offsets[s] : map.length), capacity));
 }
 
 /// delta[b, h, i] = d_y[b, i, h] . y[b, i, h]: eight lanes for each head.

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(simt_threads) forward_simt(forward_arguments<A
   tile const t = a.map.find<simt_rows>(blockIdx.x / static_cast<unsigned>(a.heads));
   if (t.rows == 0) return;
   std::int64_t const past = a.past ? a.past[t.sequence] : 0;
-  std::int64_t const all_keys = past + t.begin + t.rows;
+  std::int64_t const all_keys = min(past + t.begin + t.rows, a.capacity);
   A const* const k = a.past ? a.k.at(t.sequence, 0, head / a.share) : a.k.at(t.batch, t.first, head / a.share);
   A const* const v = a.past ? a.v.at(t.sequence, 0, head / a.share) : a.v.at(t.batch, t.first, head / a.share);
   std::int64_t const angle_row = a.past ? t.batch * a.map.length + t.first + t.begin : t.begin;

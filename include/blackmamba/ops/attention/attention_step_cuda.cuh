@@ -19,9 +19,9 @@ struct step_arguments {
   heads_view<T const> q, k, v;  // row: none
   heads_view<T> key, value, y;
   std::int32_t* length = nullptr;  // (B)  tokens before this one; the second kernel counts it in
-  std::int32_t* held = nullptr;    // (B)  the same, for the second kernel
+  std::int32_t* held = nullptr;    // (B)  the same, for the second kernel; at most capacity - 1
   accum_t<T>* partial = nullptr;   // (B, splits, Hq, dh + 2)  weighted values, then maximum and sum
-  std::int64_t batch = 0, splits = 0;
+  std::int64_t batch = 0, splits = 0, capacity = 0;
   int heads = 0, share = 0, head_dim = 0;
   accum_t<T> scale = 0;  // log2(e) / sqrt(dh)
   rotary turn;           // base 0: none
@@ -64,7 +64,9 @@ __global__ void __launch_bounds__(step_threads) step_parts(step_arguments<T> con
   unsigned const units = static_cast<unsigned>(kv_heads * groups);
   int const unit = static_cast<int>(blockIdx.x % units), kv_head = unit / groups, group = unit % groups;
   std::int64_t const split = blockIdx.x / units % a.splits, b = blockIdx.x / units / a.splits;
-  std::int64_t const last = a.length[b], part = attention::step_part(last + 1, kv_heads), first = split * part;
+  // Where the cache is full the new token is dropped, and the last key an old one.
+  std::int64_t const before = a.length[b], last = min(before, a.capacity - 1);
+  std::int64_t const part = attention::step_part(last + 1, kv_heads), first = split * part;
   if (first > last) return;
   std::int64_t const end = first + part <= last ? first + part : last + 1;
   int const thread = static_cast<int>(threadIdx.x), team = thread / Lanes, column = thread % Lanes * 8;
@@ -90,12 +92,12 @@ __global__ void __launch_bounds__(step_threads) step_parts(step_arguments<T> con
   int const half = head_dim / 2;
   bool const turned = a.turn.base != 0;
   for (int m = thread; turned && m < half; m += step_threads) {
-    auto const pair = a.turn.template at<A>(last, m);
+    auto const pair = a.turn.template at<A>(before, m);
     angles[m] = pair.first;
     angles[half + m] = pair.second;
   }
   __syncthreads();
-  bool const has_new = end > last;
+  bool const has_new = before < a.capacity && end > last;
   for (int m = thread; has_new && m < half; m += step_threads) {
     T const* const new_key = a.k.at(b, 0, kv_head);
     T const* const new_value = a.v.at(b, 0, kv_head);
