@@ -71,9 +71,9 @@ struct operand_tile {
       int const valid = min(max(bytes - 2 * i, 0), unit);
       T const* const from = valid > 0 ? source + i : x;
       if (unit == 8) {
-        copy_async_small<8>(to + 2 * i, from, valid);
+        copy_async<8>(to + 2 * i, from, valid);
       } else if (unit == 4) {
-        copy_async_small<4>(to + 2 * i, from, valid);
+        copy_async<4>(to + 2 * i, from, valid);
       } else {
         std::uint16_t const bits = valid > 0 ? from->bits : std::uint16_t{0};
         asm volatile("st.shared.b16 [%0], %1;" ::"r"(to + 2 * i), "h"(bits) : "memory");

@@ -57,14 +57,14 @@ __global__ void __launch_bounds__(128) query_gradient_tiles(gradient_arguments<T
                                   a.kv_vectorised);
     load_tile<HeadDim, keys, 128>(v_tiles + stage * keys * pitch, v + key * a.v.row, a.v.row, count, a.head_dim,
                                   a.kv_vectorised);
-    commit_copies();
+    cuda::commit_copies();
   };
   load_keys(0);
   load_tile<HeadDim, shape::queries, 128>(q_tile, a.q.at(t.batch, t.first + t.begin, head), a.q.row, t.rows, a.head_dim,
                                           a.q_vectorised);
   load_tile<HeadDim, shape::queries, 128>(d_y_tile, a.d_y.at(t.batch, t.first + t.begin, head), a.d_y.row, t.rows,
                                           a.head_dim, a.d_y_vectorised);
-  commit_copies();
+  cuda::commit_copies();
 
   int const warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   int const warp_row = warp * 16 * groups;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(128) query_gradient_tiles(gradient_arguments<T
   float sums[groups][HeadDim / 8][4] = {};
 
   for (std::int64_t key = 0; key < all_keys; key += keys) {
-    wait_for_copies();
+    cuda::wait_for_copies<0>();
     __syncthreads();
     if (key + keys < all_keys) load_keys(key + keys);
     T const* const k_tile = k_tiles + key / keys % 2 * keys * pitch;
@@ -107,14 +107,14 @@ __global__ void __launch_bounds__(128) query_gradient_tiles(gradient_arguments<T
         load_right_rows<HeadDim>(right, k_tile, 16 * j, d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(scores[g][2 * j], queries[g], right[0], right[1]);
-          multiply_add<T>(scores[g][2 * j + 1], queries[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(scores[g][2 * j], queries[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(scores[g][2 * j + 1], queries[g], right[2], right[3]);
         }
         load_right_rows<HeadDim>(right, v_tile, 16 * j, d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(d_weights[g][2 * j], d_y[g], right[0], right[1]);
-          multiply_add<T>(d_weights[g][2 * j + 1], d_y[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(d_weights[g][2 * j], d_y[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(d_weights[g][2 * j + 1], d_y[g], right[2], right[3]);
         }
       }
     }
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(128) query_gradient_tiles(gradient_arguments<T
         load_right_columns<HeadDim>(right, k_tile, 16 * j, 16 * d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(sums[g][2 * d], left[g], right[0], right[1]);
-          multiply_add<T>(sums[g][2 * d + 1], left[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(sums[g][2 * d], left[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(sums[g][2 * d + 1], left[g], right[2], right[3]);
         }
       }
     }
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(key_gradient_shape<HeadDim>::threads)
                                        rows, a.head_dim, a.q_vectorised);
     load_tile<HeadDim, count, threads>(d_y_tiles + stage * count * pitch, a.d_y.at(t.batch, t.first + query, head),
                                        a.d_y.row, rows, a.head_dim, a.d_y_vectorised);
-    commit_copies();
+    cuda::commit_copies();
     int const i = static_cast<int>(threadIdx.x);
     if (i < count) {
       std::int64_t const at = t.first + query + i;
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(key_gradient_shape<HeadDim>::threads)
   float d_k[groups][columns / 8][4] = {}, d_v[groups][columns / 8][4] = {};
 
   for (std::int64_t step = 0; step < steps; ++step) {
-    wait_for_copies();
+    cuda::wait_for_copies<0>();
     __syncthreads();
     if (step + 1 < steps) load_queries(step + 1);
     int const stage = static_cast<int>(step % 2);
@@ -255,14 +255,14 @@ __global__ void __launch_bounds__(key_gradient_shape<HeadDim>::threads)
         load_right_rows<HeadDim>(right, q_tile, 16 * j, d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(scores[g][2 * j], k[g], right[0], right[1]);
-          multiply_add<T>(scores[g][2 * j + 1], k[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(scores[g][2 * j], k[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(scores[g][2 * j + 1], k[g], right[2], right[3]);
         }
         load_right_rows<HeadDim>(right, d_y_tile, 16 * j, d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(d_weights[g][2 * j], v[g], right[0], right[1]);
-          multiply_add<T>(d_weights[g][2 * j + 1], v[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(d_weights[g][2 * j], v[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(d_weights[g][2 * j + 1], v[g], right[2], right[3]);
         }
       }
     }
@@ -297,14 +297,14 @@ __global__ void __launch_bounds__(key_gradient_shape<HeadDim>::threads)
         load_right_columns<HeadDim>(right, d_y_tile, 16 * j, first_column + 16 * d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(d_v[g][2 * d], weights[g], right[0], right[1]);
-          multiply_add<T>(d_v[g][2 * d + 1], weights[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(d_v[g][2 * d], weights[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(d_v[g][2 * d + 1], weights[g], right[2], right[3]);
         }
         load_right_columns<HeadDim>(right, q_tile, 16 * j, first_column + 16 * d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(d_k[g][2 * d], d_scores[g], right[0], right[1]);
-          multiply_add<T>(d_k[g][2 * d + 1], d_scores[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(d_k[g][2 * d], d_scores[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(d_k[g][2 * d + 1], d_scores[g], right[2], right[3]);
         }
       }
     }

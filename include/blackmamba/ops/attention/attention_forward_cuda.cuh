@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
                                   a.kv_vectorised);
     load_tile<HeadDim, keys, 128>(v_tiles + stage * keys * pitch, v + key * a.v.row, a.v.row, count, a.head_dim,
                                   a.kv_vectorised);
-    commit_copies();
+    cuda::commit_copies();
   };
   load_keys(0);
   T const* const q = a.q.at(t.batch, t.first + t.begin, head);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
                                                    a.angles + row * a.head_dim);
   } else {
     load_tile<HeadDim, shape::queries, 128>(q_tile, q, a.q.row, t.rows, a.head_dim, a.q_vectorised);
-    commit_copies();
+    cuda::commit_copies();
   }
 
   int const warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
   for (int g = 0; g < groups; ++g) top[g][0] = top[g][1] = -INFINITY;
 
   for (std::int64_t key = 0; key < all_keys; key += keys) {
-    wait_for_copies();
+    cuda::wait_for_copies<0>();
     __syncthreads();
     if (key + keys < all_keys) load_keys(key + keys);
     T const* const k_tile = k_tiles + key / keys % 2 * keys * pitch;
@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
         load_right_rows<HeadDim>(right, k_tile, 16 * j, d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(scores[g][2 * j], left[g], right[0], right[1]);
-          multiply_add<T>(scores[g][2 * j + 1], left[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(scores[g][2 * j], left[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(scores[g][2 * j + 1], left[g], right[2], right[3]);
         }
       }
     }
@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
         load_right_columns<HeadDim>(right, v_tile, 16 * j, 16 * d);
 #pragma unroll
         for (int g = 0; g < groups; ++g) {
-          multiply_add<T>(sums[g][2 * d], left[g], right[0], right[1]);
-          multiply_add<T>(sums[g][2 * d + 1], left[g], right[2], right[3]);
+          cuda::multiply_matrices<T>(sums[g][2 * d], left[g], right[0], right[1]);
+          cuda::multiply_matrices<T>(sums[g][2 * d + 1], left[g], right[2], right[3]);
         }
       }
     }
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
         if (column >= a.head_dim) continue;
         float const low = sums[g][d][2 * h] * inverse, high = sums[g][d][2 * h + 1] * inverse;
         if (a.y_paired) {
-          *reinterpret_cast<std::uint32_t*>(y + column) = pack_pair<T>(low, high);
+          *reinterpret_cast<std::uint32_t*>(y + column) = cuda::packed_pair<T>(low, high);
         } else {
           y[column] = convert<T>(low);
           y[column + 1] = convert<T>(high);

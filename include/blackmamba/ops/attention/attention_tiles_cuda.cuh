@@ -1,5 +1,7 @@
 #pragma once
+#include <blackmamba/core/cuda/copy_async_cuda.cuh>
 #include <blackmamba/core/cuda/launch_cuda.cuh>
+#include <blackmamba/core/cuda/tensor_core_cuda.cuh>
 #include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/view.hpp>
@@ -96,18 +98,6 @@ struct sequence_map {
 template <int HeadDim>
 inline constexpr int row_pitch = HeadDim + 8;
 
-__device__ __forceinline__ std::uint32_t shared_address(void const* p) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-}
-/// 16 bytes to shared memory, in the background; zeros where not wanted.
-__device__ __forceinline__ void copy_async(void* to, void const* from, bool wanted) {
-  int const bytes = wanted ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 /// Rows [0, count) of one head into a tile of Rows rows, in the background where they are aligned; zeros elsewhere.
 /// Vectorised: 16-byte pieces, for which dh and the strides are multiples of 8 and the data is aligned.
 template <int HeadDim, int Rows, int Threads, class T>
@@ -120,7 +110,7 @@ __device__ __forceinline__ void load_tile(T* to, T const* from, std::int64_t str
     T* const piece = to + row * row_pitch<HeadDim> + column;
     if (vectorised) {
       bool const wanted = row < count && column < head_dim;
-      copy_async(piece, wanted ? from + row * stride + column : from, wanted);
+      cuda::copy_async(cuda::shared_address(piece), wanted ? from + row * stride + column : from, wanted ? 16 : 0);
     } else {
       union {
         uint4 word;
@@ -192,73 +182,37 @@ __device__ __forceinline__ void load_tile_turned(T* to, T const* from, std::int6
   }
 }
 
-/// Four 8x8 matrices of 16-bit elements: lanes 8i .. 8i + 7 name the rows of matrix i.
-__device__ __forceinline__ void load_matrices(std::uint32_t (&x)[4], void const* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-__device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&x)[4], void const* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
 /// Rows [row, row + 16) and columns [column, column + 16) of a tile as the left operand of a product.
 template <int HeadDim, class T>
 __device__ __forceinline__ void load_left(std::uint32_t (&x)[4], T const* tile, int row, int column) {
   int const lane = static_cast<int>(threadIdx.x % 32);
-  load_matrices(x, tile + (row + lane % 16) * row_pitch<HeadDim> + column + lane / 16 * 8);
+  cuda::load_matrices<false>(
+      x, cuda::shared_address(tile + (row + lane % 16) * row_pitch<HeadDim> + column + lane / 16 * 8));
 }
 /// The right operands of two products whose 8 columns each are the tile's rows [row, row + 8) and [row + 8, row + 16),
 /// summed over the tile's columns [column, column + 16).
 template <int HeadDim, class T>
 __device__ __forceinline__ void load_right_rows(std::uint32_t (&x)[4], T const* tile, int row, int column) {
   int const lane = static_cast<int>(threadIdx.x % 32);
-  load_matrices(x, tile + (row + lane / 16 * 8 + lane % 8) * row_pitch<HeadDim> + column + lane / 8 % 2 * 8);
+  cuda::load_matrices<false>(x, cuda::shared_address(tile + (row + lane / 16 * 8 + lane % 8) * row_pitch<HeadDim> +
+                                                     column + lane / 8 % 2 * 8));
 }
 /// The right operands of two products whose columns are the tile's, [column, column + 8) and [column + 8, column + 16),
 /// summed over the tile's rows [row, row + 16).
 template <int HeadDim, class T>
 __device__ __forceinline__ void load_right_columns(std::uint32_t (&x)[4], T const* tile, int row, int column) {
   int const lane = static_cast<int>(threadIdx.x % 32);
-  load_matrices_transposed(x, tile + (row + lane % 16) * row_pitch<HeadDim> + column + lane / 16 * 8);
+  cuda::load_matrices<true>(
+      x, cuda::shared_address(tile + (row + lane % 16) * row_pitch<HeadDim> + column + lane / 16 * 8));
 }
 
-/// sum (16, 8) += a (16, 16) b (16, 8). Lane l holds of `sum` the columns 2 (l % 4) + {0, 1} of the rows l / 4 and
-/// l / 4 + 8.
-template <class T>
-__device__ __forceinline__ void multiply_add(float (&sum)[4], std::uint32_t const (&a)[4], std::uint32_t b0,
-                                             std::uint32_t b1) {
-  if constexpr (std::is_same_v<T, bfloat16>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-/// Two values rounded to T in one word, the first in the low half.
-template <class T>
-__device__ __forceinline__ std::uint32_t pack_pair(float low, float high) {
-  std::uint32_t x;
-  if constexpr (std::is_same_v<T, bfloat16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-  return x;
-}
 /// Two neighbouring products' results as the left operand of the next one.
 template <class T>
 __device__ __forceinline__ void as_left(std::uint32_t (&a)[4], float const (&left)[4], float const (&right)[4]) {
-  a[0] = pack_pair<T>(left[0], left[1]);
-  a[1] = pack_pair<T>(left[2], left[3]);
-  a[2] = pack_pair<T>(right[0], right[1]);
-  a[3] = pack_pair<T>(right[2], right[3]);
+  a[0] = cuda::packed_pair<T>(left[0], left[1]);
+  a[1] = cuda::packed_pair<T>(left[2], left[3]);
+  a[2] = cuda::packed_pair<T>(right[0], right[1]);
+  a[3] = cuda::packed_pair<T>(right[2], right[3]);
 }
 /// 2^x to 2 units in the last place; 0 for -infinity.
 __device__ __forceinline__ float exp2_approximate(float x) {
