@@ -412,15 +412,13 @@ struct backend<causal_conv1d, device::cuda> {
                        cuda::rows_in_packs<wide>(in.initial_state) && cuda::rows_in_packs<wide>(final_state);
     with_taps_and_packs<wide>(in.weight.extent(1), packs, [&]<int K, int N>() {
       std::int64_t const channel_blocks = blocks_of(y.extent(2), 32 * N);
-      // A wave of blocks takes as long as its tiles and about 6 steps more; the last one is rarely full.
+      // A wave of blocks takes as long as its tiles and about 6 steps more; with tiles of 64 the last is emptier.
       std::int64_t const resident = std::int64_t{cuda::properties().multiprocessors} * 6;
-      int shift = 6;
       auto const steps_of = [&](int s) {
         std::int64_t const blocks = channel_blocks * y.extent(0) * blocks_of(y.extent(1), warps << s);
         return blocks_of(blocks, resident) * ((1 << s) + 6);
       };
-      for (int s = 5; s >= 4; --s)
-        if (steps_of(s) < steps_of(shift)) shift = s;
+      int const shift = steps_of(4) < steps_of(5) ? 4 : 5;
       cuda::sequences const list(y.extent(0), y.extent(1), in.cu_seqlens, shift + 2);
       static_assert(warps == 4);
       cuda::launch("causal_conv1d", policy, {cuda::blocks_for(list.blocks() * channel_blocks, 1), dim3(32, warps)},

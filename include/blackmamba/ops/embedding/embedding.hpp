@@ -43,8 +43,8 @@ struct embedding {
     backend_of<embedding, P>::backward(policy, token, d_y, d_table, order, first, lists);
   }
 
-  /// Positions sorted by token, where each token's begin, and, on a device, the tokens in that order and a list of those
-  /// that occur often.
+  /// Positions sorted by token, where each token's begin, and, on a device, the tokens in that order and a list of
+  /// those that occur often.
   template <class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t vocabulary) {
     return scratch_sum(sizeof(std::int64_t) * static_cast<std::size_t>(rows),
@@ -53,7 +53,7 @@ struct embedding {
   }
 
   /// A token that occurs more often than this is summed by a block of threads of its own.
-  static constexpr std::int64_t seldom = 512;
+  static constexpr std::int64_t seldom = 64;
 
  private:
   template <class Space>
