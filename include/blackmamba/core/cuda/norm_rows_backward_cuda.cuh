@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/cuda/copy_async_cuda.cuh>
 #include <blackmamba/core/cuda/norm_rows_cuda.cuh>
 #include <blackmamba/core/row_blocks.hpp>
 
@@ -29,16 +30,6 @@ struct norm_backward_arguments {
 };
 
 namespace detail {
-
-/// Asynchronous copy of 8 or 16 bytes to shared memory.
-template <int Bytes>
-__device__ __forceinline__ void copy_ahead(void* to, void const* from) {
-  auto const address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if constexpr (Bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(Bytes) : "memory");
-}
 
 /// What the threads of a block have of one row each: for each thread and pack, packs of s, d_y and d_residual.
 template <int N, int K, class T, class S>
@@ -89,12 +80,12 @@ __global__ void __launch_bounds__(1024)
       for (int k = 0; k < K; ++k) {
         unsigned const c = mine + k * step;
         if (c >= width) continue;
-        copy_ahead<N * sizeof(S)>(to.s(k), s + c);
-        copy_ahead<N * sizeof(T)>(to.d_y(k), d_y + c);
-        if (through) copy_ahead<N * sizeof(A)>(to.d_residual(k), a.d_residual.row(r) + c);
+        copy_async<N * sizeof(S)>(shared_address(to.s(k)), s + c);
+        copy_async<N * sizeof(T)>(shared_address(to.d_y(k)), d_y + c);
+        if (through) copy_async<N * sizeof(A)>(shared_address(to.d_residual(k)), a.d_residual.row(r) + c);
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   };
   A next_rstd = 0, next_mean = 0;
   auto const fetch_scalars = [&](std::int64_t r) {
@@ -122,10 +113,10 @@ __global__ void __launch_bounds__(1024)
     stage const here = stage_of(turn);
     if (stages > 1) {
       fetch(r + groups, stage_of(turn + 1));  // where the row before this one was
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      wait_for_copies<1>();
     } else {
       fetch(r, here);
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      wait_for_copies<0>();
     }
     fetch_scalars(r + groups);
     pack<A, N> normalised[K], g[K];

@@ -24,6 +24,18 @@ __device__ __forceinline__ T warp_max(T x) {
   return warp_reduce<Width>(x, [](T a, T b) { return a > b ? a : b; });
 }
 
+/// The sum over this lane of the warp and all before it; the lanes of a warp follow each other along threadIdx.x.
+template <class T>
+__device__ __forceinline__ T warp_prefix_sum(T x) {
+  unsigned const lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned distance = 1; distance < 32; distance *= 2) {
+    T const before = __shfl_up_sync(0xffffffffu, x, distance);
+    if (lane >= distance) x += before;
+  }
+  return x;
+}
+
 /// Reduces over a block of Threads threads (a multiple of 32); every thread gets the result. `memory` holds one element
 /// for each warp and may be used again after the call without a barrier of the caller's.
 template <int Threads, class T, class F>

@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/cuda/copy_async_cuda.cuh>
 #include <blackmamba/core/cuda/elementwise_cuda.cuh>
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/reduce_cuda.cuh>
@@ -145,12 +146,7 @@ __global__ void __launch_bounds__(1024) embedding_order(std::int32_t const* toke
       count[w * span + thread] = static_cast<std::uint32_t>(total);
       total += c;
     }
-  std::int64_t upto = total;  // over the tokens of the warp, then of the block, this thread's included
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    std::int64_t const other = __shfl_up_sync(all, upto, distance);
-    if (lane >= distance) upto += other;
-  }
+  std::int64_t upto = cuda::warp_prefix_sum(total);  // of the warp, then of the block, this thread's included
   if (lane == 31) warp_total[warp] = upto;
   __syncthreads();
   for (int w = 0; w < warp; ++w) upto += warp_total[w];
@@ -296,12 +292,6 @@ __global__ void __launch_bounds__(256) embedding_add_seldom(embedding_gradient_a
 
 inline constexpr int embedding_columns = 64, embedding_stage_rows = 32, embedding_stages = 8;
 
-/// Asynchronous copy of 16 bytes to shared memory.
-__device__ __forceinline__ void embedding_copy(void* to, void const* from) {
-  auto const address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
-
 /// The tokens that occur often, one by one, each by a block for 64 columns: rows come to shared memory eight stages of
 /// 32 ahead, where one thread for each column adds them in order.
 template <bool Packs, class T>
@@ -337,12 +327,12 @@ __global__ void __launch_bounds__(256) embedding_add_frequent(embedding_gradient
           T* const to = memory + ((stage % stages) * rows + row) * columns + piece * n;
           T const* const from = a.d_y.row(at[k]) + c;
           if constexpr (Packs)
-            embedding_copy(to, from);
+            cuda::copy_async(cuda::shared_address(to), from);
           else
             *to = *from;
         }
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");  // an empty group at the end keeps the count
+      cuda::commit_copies();  // an empty group at the end keeps the count
     };
     positions ahead[stages - 1], next;
 #pragma unroll
@@ -354,7 +344,7 @@ __global__ void __launch_bounds__(256) embedding_add_frequent(embedding_gradient
     bool const adds = thread < columns && mine < width;
     A sum = adds ? a.d_table.row(v)[mine] : A(0);
     for (std::int64_t stage = 0; stage < count; ++stage) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(stages - 2) : "memory");
+      cuda::wait_for_copies<stages - 2>();
       __syncthreads();  // the stage is there, and the one before it is no longer read
       fetch(stage + stages - 1, next);
       look_up(stage + stages, next);

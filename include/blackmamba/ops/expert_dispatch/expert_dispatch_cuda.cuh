@@ -123,12 +123,7 @@ __global__ void __launch_bounds__(1024) dispatch_plan(dispatch_plan_arguments p)
     for (int first = 0; first < experts; first += 32) {
       int const e = first + static_cast<int>(lane);
       std::int32_t const n = e < experts ? static_cast<std::int32_t>(min(std::int64_t{totals[e]}, p.capacity)) : 0;
-      std::int32_t sum = n;
-#pragma unroll
-      for (unsigned distance = 1; distance < 32; distance *= 2) {
-        std::int32_t const other = __shfl_up_sync(0xffffffffu, sum, distance);
-        if (lane >= distance) sum += other;
-      }
+      std::int32_t const sum = cuda::warp_prefix_sum(n);
       if (e < experts) {
         totals[e] = row + sum - n;
         if (blockIdx.x == 0) p.offsets[e] = row + sum - n;

@@ -47,6 +47,16 @@ struct quantile_arguments {
   unsigned long long* counts;  // two sets, used in turn, of (E, digits, 256) 32-bit counts and (E) inverted keys
 };
 
+/// Of each expert, in the shared memory of every block.
+template <class A>
+struct quantile_state {
+  unsigned long long prefix;  // the digits found so far
+  std::int64_t rank, n;       // rank, from 1, of the quantile among the numbers that begin like that; their number
+  A offset;
+  bool followed;  // whether the next larger number equals the quantile
+};
+
+inline constexpr int quantile_digits = 256;
 inline constexpr int quantile_threads = 512;
 inline constexpr std::int64_t quantile_chunk = 4096;  // numbers of an expert that a block counts at a time
 
@@ -54,14 +64,9 @@ template <class A>
 __global__ void __launch_bounds__(quantile_threads) quantile_rounds(quantile_arguments<A> p) {
   using key = ordered_key<A>;
   using key_type = typename key::type;
-  struct state {
-    unsigned long long prefix;  // the digits found so far
-    std::int64_t rank, n;       // rank, from 1, of the quantile among the numbers that begin like that; their number
-    A offset;
-    bool followed;  // whether the next larger number equals the quantile
-  };
+  using state = quantile_state<A>;
   extern __shared__ __align__(16) unsigned char quantile_memory[];
-  __shared__ unsigned counted[256];
+  __shared__ unsigned counted[quantile_digits];
   state* const experts = reinterpret_cast<state*>(quantile_memory);
   int const e = p.experts, warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   std::int64_t const set_size = std::int64_t{e} * (key::digits * 128 + 1);
@@ -145,11 +150,7 @@ __global__ void __launch_bounds__(quantile_threads) quantile_rounds(quantile_arg
         unsigned const* const count = digits + (std::int64_t{j} * key::digits + d) * 256 + lane * 8;
         std::int64_t n[8], sum = 0;
         for (int i = 0; i < 8; ++i) sum += n[i] = __ldcg(count + i);
-        std::int64_t upto = sum;
-        for (int distance = 1; distance < 32; distance *= 2) {
-          std::int64_t const other = __shfl_up_sync(0xffffffffu, upto, distance);
-          if (lane >= distance) upto += other;
-        }
+        std::int64_t const upto = warp_prefix_sum(sum);
         std::int64_t const all = __shfl_sync(0xffffffffu, upto, 31);
         std::int64_t rank = experts[j].rank;
         if (d == 0) rank = max(std::int64_t{1}, all * p.k / e);
@@ -210,7 +211,10 @@ struct backend<quantile_balance, device::cuda> {
                       view<space::device, A, dyn, dyn> wanted, view<space::device, A, dyn>,
                       view<space::device, std::uint64_t, dyn> counts) {
     std::int64_t const rows = logits.extent(0), experts = logits.extent(1);
-    std::int64_t const most = cuda::properties().shared_bytes_per_block / 64;
+    constexpr std::size_t each = sizeof(cuda::detail::quantile_state<A>);
+    constexpr std::size_t counted = cuda::detail::quantile_digits * sizeof(unsigned);
+    auto const most = static_cast<std::int64_t>(
+        (static_cast<std::size_t>(cuda::properties().shared_bytes_per_block) - counted) / each);
     check_that(experts <= most, "quantile_balance", "offset", std::to_string(experts) + " experts",
                "at most " + std::to_string(most) + " on this device");
     cuda::detail::quantile_arguments<A> const arguments{.rows = rows,
@@ -225,7 +229,7 @@ struct backend<quantile_balance, device::cuda> {
                                                         .counts = reinterpret_cast<unsigned long long*>(counts.data())};
     constexpr int threads = cuda::detail::quantile_threads;
     unsigned const blocks = rows * experts <= 8 * threads ? 1 : cuda::strided_blocks_for(rows, threads, 1);
-    cuda::grid shape{blocks, threads, 48 * static_cast<std::size_t>(experts)};
+    cuda::grid shape{blocks, threads, each * static_cast<std::size_t>(experts)};
     shape.cooperative = blocks > 1;
     cuda::launch("quantile_balance", policy, shape, cuda::detail::quantile_rounds<A>, arguments);
   }
