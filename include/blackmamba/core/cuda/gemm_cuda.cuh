@@ -2,8 +2,8 @@
 #include <blackmamba/core/cuda/gemm_library_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_mma_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_narrow_cuda.cuh>
+#include <blackmamba/core/cuda/gemm_simple_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_thin_cuda.cuh>
-#include <blackmamba/core/cuda/gemm_tiles_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_wgmma_cuda.cuh>
 #include <blackmamba/core/cuda/product_cuda.cuh>
 #include <blackmamba/core/view.hpp>
@@ -55,7 +55,7 @@ void gemm(char const* op, device::cuda const& policy, product<TA, TB, TC> x, gem
       if (detail::flat_product_if_possible(op, policy, x, workspace.data(), bytes)) return;
     }
   }
-  detail::tiles_product(op, policy, x, workspace.data(), bytes);
+  detail::simple_product(op, policy, x, workspace.data(), bytes);
 }
 
 /// Enqueues the products of all groups, whose sizes lie on the device. An element of C is summed in an order that
@@ -69,7 +69,7 @@ void gemm_groups(char const* op, device::cuda const& policy, product<TA, TB, TC>
     if (detail::narrow_product(op, policy, x)) return;
   if constexpr (tensor_core_operand<TA> && std::is_same_v<TA, TB>)
     if (detail::tensor_core_product<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x)) return;
-  detail::tiles_product(op, policy, x, nullptr, 0);
+  detail::simple_product(op, policy, x, nullptr, 0);
 }
 
 }  // namespace blackmamba::cuda

@@ -1,6 +1,6 @@
 #pragma once
+#include <blackmamba/core/cuda/column_sums_cuda.cuh>
 #include <blackmamba/core/cuda/gemm_cuda.cuh>
-#include <blackmamba/core/cuda/reduce_cuda.cuh>
 #include <blackmamba/ops/linear/linear.hpp>
 
 #include <cstdint>

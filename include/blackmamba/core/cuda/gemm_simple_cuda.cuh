@@ -1,9 +1,9 @@
 #pragma once
+#include <blackmamba/core/cuda/depth_parts_cuda.cuh>
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/product_cuda.cuh>
 #include <blackmamba/core/numeric.hpp>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -50,7 +50,7 @@ struct simple_loader {
 /// Part `part` of the depth where it is cut (only without groups): its sums go to partial (parts, m, n).
 template <class TA, class TB, class TC>
 __global__ void __launch_bounds__(256)
-    simple_product(product<TA, TB, TC> x, std::int64_t tiles, std::int64_t part_depth, accum_t<TC>* partial) {
+    simple_product_tiles(product<TA, TB, TC> x, std::int64_t tiles, std::int64_t part_depth, accum_t<TC>* partial) {
   using A = accum_t<TC>;
   __shared__ alignas(16) simple_stage<A> left, right;
   std::int64_t const part = partial ? blockIdx.x / tiles : 0;
@@ -113,43 +113,24 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-/// C = bias + the parts, in their order, or C += it.
-template <class TC, class A>
-__global__ void __launch_bounds__(256) add_parts(A const* partial, std::int64_t parts, std::int64_t m, std::int64_t n,
-                                                 A const* bias, TC* c, std::int64_t ldc, bool accumulate) {
-  std::int64_t const index = std::int64_t{blockIdx.x} * 256 + threadIdx.x;
-  if (index >= m * n) return;
-  std::int64_t const row = index / n, column = index - row * n;
-  A sum = bias ? bias[column] : A(0);
-  TC* const to = c + row * ldc + column;
-  if (accumulate) sum += convert<A>(*to);
-#pragma unroll 4
-  for (std::int64_t part = 0; part < parts; ++part) sum += partial[part * m * n + index];
-  *to = convert<TC>(sum);
-}
-
 /// A product with few tiles and a great depth is cut along the depth, as far as the workspace holds the parts' sums.
 template <class TA, class TB, class TC>
-void tiles_product(char const* op, device::cuda const& policy, product<TA, TB, TC> const& x, void* workspace,
-                   std::size_t workspace_bytes) {
+void simple_product(char const* op, device::cuda const& policy, product<TA, TB, TC> const& x, void* workspace,
+                    std::size_t workspace_bytes) {
   using A = accum_t<TC>;
-  constexpr std::int64_t enough_blocks = 512, least_depth = 128;
   std::int64_t const tiles = most_tiles<simple_tile, simple_tile>(x);
   std::int64_t parts = 1;
-  if (x.groups.by == grouping::none)
-    parts = std::min({x.k / least_depth, enough_blocks / tiles,
-                      static_cast<std::int64_t>(workspace_bytes / sizeof(A)) / (x.m * x.n)});
+  if (x.groups.by == grouping::none) parts = parts_of_depth<A>(x.k, 128, tiles, x.m * x.n, workspace_bytes);
   if (parts < 2) {
-    launch(op, policy, {blocks_for(tiles, 1), 256}, simple_product<TA, TB, TC>, x, tiles, x.k,
+    launch(op, policy, {blocks_for(tiles, 1), 256}, simple_product_tiles<TA, TB, TC>, x, tiles, x.k,
            static_cast<A*>(nullptr));
     return;
   }
   std::int64_t const depth = ((x.k + parts - 1) / parts + simple_depth - 1) / simple_depth * simple_depth;
   parts = (x.k + depth - 1) / depth;
   auto* const partial = static_cast<A*>(workspace);
-  launch(op, policy, {blocks_for(tiles * parts, 1), 256}, simple_product<TA, TB, TC>, x, tiles, depth, partial);
-  launch(op, policy, {blocks_for(x.m * x.n, 256), 256}, add_parts<TC, A>, static_cast<A const*>(partial), parts, x.m,
-         x.n, x.bias, x.c, x.ldc, x.mode == update::accumulate);
+  launch(op, policy, {blocks_for(tiles * parts, 1), 256}, simple_product_tiles<TA, TB, TC>, x, tiles, depth, partial);
+  add_parts_of(op, policy, x, partial, parts);
 }
 
 }  // namespace blackmamba::cuda::detail
