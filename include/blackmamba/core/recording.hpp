@@ -20,6 +20,8 @@ class recording {
   }
   /// Forgets what was recorded.
   void reset() {}
+  /// Whether the next run is a replay.
+  bool recorded() const { return false; }
 };
 
 }  // namespace blackmamba

@@ -61,6 +61,8 @@ class generator {
     prefill(host_view<std::int32_t const, dyn, dyn>(tokens.data(), std::int64_t{1},
                                                     static_cast<std::int64_t>(tokens.size())));
   }
+  /// Whether step() is one replay of a recorded graph by now; on cuda, from the second step on.
+  bool recorded() const { return recorded_.recorded(); }
   /// One token for each sequence.
   void step(std::span<std::int32_t const> tokens) {
     host_view<std::int32_t const, dyn, dyn> const one(tokens.data(), static_cast<std::int64_t>(tokens.size()), 1);

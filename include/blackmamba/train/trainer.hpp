@@ -132,6 +132,8 @@ class trainer {
   Network& network() { return network_; }
   training_options const& options() const { return options_; }
   std::int64_t step_count() const { return step_; }
+  /// Whether a step is one replay of a recorded graph by now; on cuda, from the second on.
+  bool recorded() const { return recorded_.recorded(); }
   /// The gradient of the last step, before clipping.
   gradient_memory const& gradient() const { return gradient_; }
   /// Bytes of the arena, found by the dry run.

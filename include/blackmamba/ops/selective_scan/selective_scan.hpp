@@ -27,8 +27,9 @@ namespace blackmamba {
 /// Arithmetic and states are in accum_t<T>, written A below where it is a type. Of size L D N nothing is stored:
 /// training keeps the state at the beginning of every chunk_length steps (checkpoints), and backward runs each chunk
 /// again. Bitwise repeatable, independent of the number of threads and of the other sequences. Asynchronous on cuda;
-/// there, sequences of 512 steps and more are cut where batch and channels are few, by their sizes
-/// (selective_scan_tuning): calls that are cut differently agree to rounding.
+/// there, long sequences are cut where batch and channels are few, by their sizes alone: in forward from 512 steps on
+/// (selective_scan_tuning.hpp), in backward from about 225, or 768 in a row of packed ones
+/// (selective_scan_backward_tuning.hpp). Calls that are cut differently agree to rounding.
 struct selective_scan {
   /// u, delta, z, B, C may be slices of wider tensors.
   template <device_policy P, storage T, int N>
