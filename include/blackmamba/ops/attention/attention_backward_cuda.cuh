@@ -105,17 +105,9 @@ __global__ void __launch_bounds__(128) query_gradient_tiles(gradient_arguments<T
       for (int j = 0; j < keys / 16; ++j) {
         std::uint32_t right[4];
         load_right_rows<HeadDim>(right, k_tile, 16 * j, d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(scores[g][2 * j], queries[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(scores[g][2 * j + 1], queries[g], right[2], right[3]);
-        }
+        multiply_pair<T>(scores, queries, right, j);
         load_right_rows<HeadDim>(right, v_tile, 16 * j, d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(d_weights[g][2 * j], d_y[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(d_weights[g][2 * j + 1], d_y[g], right[2], right[3]);
-        }
+        multiply_pair<T>(d_weights, d_y, right, j);
       }
     }
     bool const masked = ahead + warp_row < keys - 1;
@@ -139,11 +131,7 @@ __global__ void __launch_bounds__(128) query_gradient_tiles(gradient_arguments<T
       for (int d = 0; d < HeadDim / 16; ++d) {
         std::uint32_t right[4];
         load_right_columns<HeadDim>(right, k_tile, 16 * j, 16 * d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(sums[g][2 * d], left[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(sums[g][2 * d + 1], left[g], right[2], right[3]);
-        }
+        multiply_pair<T>(sums, left, right, d);
       }
     }
   }
@@ -253,17 +241,9 @@ __global__ void __launch_bounds__(key_gradient_shape<HeadDim>::threads)
       for (int j = 0; j < count / 16; ++j) {
         std::uint32_t right[4];
         load_right_rows<HeadDim>(right, q_tile, 16 * j, d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(scores[g][2 * j], k[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(scores[g][2 * j + 1], k[g], right[2], right[3]);
-        }
+        multiply_pair<T>(scores, k, right, j);
         load_right_rows<HeadDim>(right, d_y_tile, 16 * j, d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(d_weights[g][2 * j], v[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(d_weights[g][2 * j + 1], v[g], right[2], right[3]);
-        }
+        multiply_pair<T>(d_weights, v, right, j);
       }
     }
     bool const masked = ahead < warp_row + 16 * groups - 1;
@@ -295,17 +275,9 @@ __global__ void __launch_bounds__(key_gradient_shape<HeadDim>::threads)
       for (int d = 0; d < columns / 16; ++d) {
         std::uint32_t right[4];
         load_right_columns<HeadDim>(right, d_y_tile, 16 * j, first_column + 16 * d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(d_v[g][2 * d], weights[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(d_v[g][2 * d + 1], weights[g], right[2], right[3]);
-        }
+        multiply_pair<T>(d_v, weights, right, d);
         load_right_columns<HeadDim>(right, q_tile, 16 * j, first_column + 16 * d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(d_k[g][2 * d], d_scores[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(d_k[g][2 * d + 1], d_scores[g], right[2], right[3]);
-        }
+        multiply_pair<T>(d_k, d_scores, right, d);
       }
     }
   }

@@ -99,11 +99,7 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
       for (int j = 0; j < keys / 16; ++j) {
         std::uint32_t right[4];
         load_right_rows<HeadDim>(right, k_tile, 16 * j, d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(scores[g][2 * j], left[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(scores[g][2 * j + 1], left[g], right[2], right[3]);
-        }
+        multiply_pair<T>(scores, left, right, j);
       }
     }
     if (ahead + warp_row < keys - 1) {
@@ -152,11 +148,7 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
       for (int d = 0; d < HeadDim / 16; ++d) {
         std::uint32_t right[4];
         load_right_columns<HeadDim>(right, v_tile, 16 * j, 16 * d);
-#pragma unroll
-        for (int g = 0; g < groups; ++g) {
-          cuda::multiply_matrices<T>(sums[g][2 * d], left[g], right[0], right[1]);
-          cuda::multiply_matrices<T>(sums[g][2 * d + 1], left[g], right[2], right[3]);
-        }
+        multiply_pair<T>(sums, left, right, d);
       }
     }
   }

@@ -78,15 +78,16 @@ __global__ void __launch_bounds__(step_threads) step_parts(step_arguments<T> con
   T* const keys = a.key.at(b, 0, kv_head);
   T* const values = a.value.at(b, 0, kv_head);
   eight<T> k[unrolled], v[unrolled];
-  auto const load = [&](eight<T>(&to)[unrolled], T const* from, std::int64_t row, std::int64_t key) {
+  bool const has_new = before < a.capacity && end > last;
+  auto const load = [&](eight<T>(&to)[unrolled], T const* from, std::int64_t row, std::int64_t key, std::int64_t held) {
 #pragma unroll
     for (int u = 0; u < unrolled; ++u) {
       std::int64_t const j = key + u * teams + team;
-      to[u].load(from + j * row + column, j < end ? elements : 0, a.vectorised);
+      to[u].load(from + j * row + column, j < held ? elements : 0, a.vectorised);
     }
   };
-  load(k, keys, a.key.row, first);
-  load(v, values, a.value.row, first);
+  load(k, keys, a.key.row, first, has_new ? last : end);
+  load(v, values, a.value.row, first, has_new ? last : end);
 
   // While these are under way: angles, the new key and value, the queries.
   int const half = head_dim / 2;
@@ -97,7 +98,6 @@ __global__ void __launch_bounds__(step_threads) step_parts(step_arguments<T> con
     angles[half + m] = pair.second;
   }
   __syncthreads();
-  bool const has_new = before < a.capacity && end > last;
   for (int m = thread; has_new && m < half; m += step_threads) {
     T const* const new_key = a.k.at(b, 0, kv_head);
     T const* const new_value = a.v.at(b, 0, kv_head);
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(step_threads) step_parts(step_arguments<T> con
     queries[i / (Lanes * 8 - head_dim)][head_dim + i % (Lanes * 8 - head_dim)] = 0;
   __syncthreads();
   if (has_new) {  // again: the new token's may be among them
-    load(k, keys, a.key.row, first);
-    load(v, values, a.value.row, first);
+    load(k, keys, a.key.row, first, end);
+    load(v, values, a.value.row, first, end);
   }
   A q[Group][8];
 #pragma unroll
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(step_threads) step_parts(step_arguments<T> con
         scores[g][u] = sum;
       }
     }
-    if (key + unrolled * teams < end) load(k, keys, a.key.row, key + unrolled * teams);
+    if (key + unrolled * teams < end) load(k, keys, a.key.row, key + unrolled * teams, end);
 #pragma unroll
     for (int g = 0; g < Group; ++g) {
       if (g >= count) continue;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(step_threads) step_parts(step_arguments<T> con
         for (int i = 0; i < 8; ++i) sums[g][i] = math::fma(scores[g][u], x[i], sums[g][i]);
       }
     }
-    if (key + unrolled * teams < end) load(v, values, a.value.row, key + unrolled * teams);
+    if (key + unrolled * teams < end) load(v, values, a.value.row, key + unrolled * teams, end);
   }
 
 #pragma unroll

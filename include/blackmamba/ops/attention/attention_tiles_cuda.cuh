@@ -206,6 +206,16 @@ __device__ __forceinline__ void load_right_columns(std::uint32_t (&x)[4], T cons
       x, cuda::shared_address(tile + (row + lane % 16) * row_pitch<HeadDim> + column + lane / 16 * 8));
 }
 
+/// Columns 16 pair to 16 pair + 15 of sums += left right, for each group of 16 rows.
+template <class T, int Groups, int Columns>
+__device__ __forceinline__ void multiply_pair(float (&sums)[Groups][Columns][4], std::uint32_t const (&left)[Groups][4],
+                                              std::uint32_t const (&right)[4], int pair) {
+#pragma unroll
+  for (int g = 0; g < Groups; ++g) {
+    cuda::multiply_matrices<T>(sums[g][2 * pair], left[g], right[0], right[1]);
+    cuda::multiply_matrices<T>(sums[g][2 * pair + 1], left[g], right[2], right[3]);
+  }
+}
 /// Two neighbouring products' results as the left operand of the next one.
 template <class T>
 __device__ __forceinline__ void as_left(std::uint32_t (&a)[4], float const (&left)[4], float const (&right)[4]) {
