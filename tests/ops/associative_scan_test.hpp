@@ -1,5 +1,7 @@
 #include "support/support.hpp"
 
+#include <blackmamba/core/memory.hpp>
+#include <blackmamba/core/recording.hpp>
 #include <blackmamba/core/workspace.hpp>
 #include <blackmamba/ops/associative_scan/associative_scan.hpp>
 
@@ -395,6 +397,32 @@ TEST_CASE_TEMPLATE("associative_scan: one long sequence, of elements small and l
   check_modes(Operator{}, 1, 300001, 1);
   check_modes(Operator{}, 1, 40001, 2);
   check_modes(Operator{}, 300, 3001, 1);
+}
+
+TEST_CASE_TEMPLATE("associative_scan: recorded, over the scratch of the run before, equals its definition", Operator,
+                   plain_sum, whole_sum, matrix_product) {
+  // Elements that are handed on in one word, in two, and with a flag for each; rows and channels that are split.
+  using E = scan_element<Operator>;
+  Operator const op;
+  std::int64_t const length = 60001, channels = 3;
+  tensor<test_space, E, dyn, dyn> x(1, length), y(1, length);
+  tensor<test_space, E, dyn, dyn, dyn> cube(1, length / channels, channels), y_cube(1, length / channels, channels);
+  arena<test_space> workspace(associative_scan::scratch_bytes<E, test_space>(1, length) +
+                              associative_scan::scratch_bytes<E, test_space>(1, length / channels, channels, 0));
+  test_policy policy = make_policy();
+  policy.workspace = &workspace;
+  recording<test_policy> step;
+  for (std::uint64_t run = 0; run < 4; ++run) {
+    auto const values = random_elements(op, length, run), some = random_elements(op, cube.size(), run);
+    memory::upload(policy, host_view<E const, dyn, dyn>(values.data(), 1, length), x.as_view());
+    memory::upload(policy, host_view<E const, dyn, dyn, dyn>(some.data(), 1, cube.extent(1), channels), cube.as_view());
+    step.run(policy, [&](test_policy const& p) {
+      associative_scan::forward(p, op, x, y);
+      associative_scan::forward(p, op, cube, y_cube);
+    });
+    REQUIRE((from_policy(y) == reference(op, values, 1, length, 1, {}).y));
+    REQUIRE((from_policy(y_cube) == reference(op, some, 1, cube.extent(1), channels, {}).y));
+  }
 }
 
 TEST_CASE("associative_scan: takes slices and works in place") {
