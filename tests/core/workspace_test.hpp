@@ -14,7 +14,8 @@ TEST_CASE("workspace: blocks are aligned, follow each other and have their shape
   auto const b = memory.allocate<double>(7);
   CHECK(a.extents() == std::array<std::int64_t, 2>{3, 5});
   CHECK(reinterpret_cast<std::uintptr_t>(a.data()) % 256 == 0);
-  CHECK(reinterpret_cast<std::uintptr_t>(b.data()) - reinterpret_cast<std::uintptr_t>(a.data()) == 256);
+  if (!test::workspaces_guarded)
+    CHECK(reinterpret_cast<std::uintptr_t>(b.data()) - reinterpret_cast<std::uintptr_t>(a.data()) == 256);
   CHECK(memory.used() == 512);
   CHECK(memory.peak() == 512);
   CHECK(memory.capacity() == 4096);
@@ -46,7 +47,8 @@ TEST_CASE("workspace: scopes give back what they took") {
     }
     CHECK(memory.used() == 256);
     auto const again = outer.allocate<float>(100);
-    CHECK(reinterpret_cast<std::uintptr_t>(again.data()) - reinterpret_cast<std::uintptr_t>(kept.data()) == 256);
+    if (!test::workspaces_guarded)
+      CHECK(reinterpret_cast<std::uintptr_t>(again.data()) - reinterpret_cast<std::uintptr_t>(kept.data()) == 256);
   }
   CHECK(memory.used() == 0);
   CHECK(memory.peak() == 768);
@@ -98,14 +100,15 @@ TEST_CASE("workspace: arenas move") {
   c = std::move(b);
   CHECK(c.capacity() == 512);
   c.release_to(0);
-  CHECK(c.allocate<float>(4).data() == block.data());
+  if (!test::workspaces_guarded) CHECK(c.allocate<float>(4).data() == block.data());
 }
 TEST_CASE("workspace: an arena over memory of another owner leaves it there") {
   test_arena owner(1024);
   auto const memory = owner.allocate<char>(1024);
   {
     auto borrower = test_arena::borrowing(memory.data(), 512);
-    CHECK(static_cast<void*>(borrower.allocate<float>(4).data()) == static_cast<void*>(memory.data()));
+    void* const first = borrower.allocate<float>(4).data();
+    if (!test::workspaces_guarded) CHECK(first == static_cast<void*>(memory.data()));
     CHECK(borrower.capacity() == 512);
     CHECK_THROWS_AS(borrower.allocate<char>(512), workspace_error);
     auto const moved = std::move(borrower);
@@ -114,4 +117,39 @@ TEST_CASE("workspace: an arena over memory of another owner leaves it there") {
   auto const zero = test::upload<char>(test::values(1024), 1024);
   memory::copy(make_policy(), zero.as_view(), memory);  // the memory is still the owner's
   CHECK(test::download(memory)[0] == 0);
+}
+
+namespace {
+/// Guards the workspaces that are made while it lives.
+struct guarding {
+  workspace_guard const before = std::exchange(guard_workspaces, workspace_guard::band);
+  ~guarding() { guard_workspaces = before; }
+};
+}  // namespace
+
+TEST_CASE("workspace: a guarded one finds what was written past a block, and counts as without guards") {
+  guarding const on;
+  test_arena memory(1024);
+  auto const first = memory.allocate<std::uint8_t>(300);
+  auto const second = memory.allocate<std::uint8_t>(10);
+  CHECK(memory.used() == 768);
+  CHECK(test::download(first) == test::values(300, 255));  // poisoned
+  CHECK(test::message_of<workspace_error>([&] { memory.allocate<char>(257); }) ==
+        "workspace: asked for 257 bytes with 768 in use, but the arena has 1024 bytes");
+  CHECK(memory.damage() == "");
+  auto const write = [&](view<test::test_space, std::uint8_t, dyn> to, int value) {
+    std::vector<std::uint8_t> const bytes(static_cast<std::size_t>(to.size()), static_cast<std::uint8_t>(value));
+    memory::upload(make_policy(), host_view<std::uint8_t const, dyn>(bytes.data(), to.size()), to);
+  };
+  write(first, 7);
+  write(second, 7);
+  CHECK(memory.damage() == "");
+  view<test::test_space, std::uint8_t, dyn> const past(second.data() + 12, 1);
+  write(past, 7);
+  CHECK(memory.damage() == "workspace: a block of 10 bytes at 512 was written past its end, at byte 12");
+  write(past, 255);
+  CHECK(memory.damage() == "");
+  memory.release_to(512);
+  CHECK(memory.used() == 512);
+  CHECK(test::download(first) == test::values(300, 7));
 }

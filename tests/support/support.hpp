@@ -3,13 +3,16 @@
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/random.hpp>
 #include <blackmamba/core/tensor.hpp>
+#include <blackmamba/core/workspace.hpp>
 
 #include <doctest/doctest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <string>
@@ -20,6 +23,19 @@ namespace test {
 
 using values = std::vector<double>;
 using test_space = test_policy::memory_space;
+
+/// The environment's BLACKMAMBA_TEST_GUARD (own_memory or band) guards the workspaces of the whole program.
+inline bool const workspaces_guarded = [] {
+  char const* const guard = std::getenv("BLACKMAMBA_TEST_GUARD");
+  if (guard == nullptr) return false;
+  bool const band = std::strcmp(guard, "band") == 0;
+  if (!band && std::strcmp(guard, "own_memory") != 0) {
+    std::fprintf(stderr, "BLACKMAMBA_TEST_GUARD is \"%s\"; expected own_memory or band\n", guard);
+    std::exit(1);
+  }
+  blackmamba::guard_workspaces = band ? blackmamba::workspace_guard::band : blackmamba::workspace_guard::own_memory;
+  return true;
+}();
 
 /// n numbers, normal with the given spread, the same for the same seed everywhere.
 inline values random_normal(std::int64_t n, std::uint64_t seed, double spread = 1.0) {

@@ -11,6 +11,7 @@
 namespace blackmamba {
 
 /// Where the bytes of a memory space come from. Specialised beside each device; allocations are aligned to 256 bytes.
+/// fill() and read() (to host memory) wait for all work on the memory; they are for guarded workspaces.
 template <class Space>
 struct memory_resource;
 
@@ -26,6 +27,10 @@ struct memory_resource<space::host> {
     }
   }
   static void deallocate(void* p) noexcept { ::operator delete(p, std::align_val_t{alignment}); }
+  static void fill(void* p, int byte, std::size_t bytes) { std::memset(p, byte, bytes); }
+  static void read(void* to, void const* from, std::size_t bytes) {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+  }
 };
 
 /// Moving bytes: the one operator on memory itself. All views contiguous and of equal size, except where said.

@@ -93,6 +93,14 @@ struct memory_resource<space::device> {
     cuda::detail::memory_ledger::instance().remove(p);
     (void)cudaFree(p);
   }
+  static void fill(void* p, int byte, std::size_t bytes) {
+    cuda::check("memory", cudaMemset(p, byte, bytes));
+    cuda::check("memory", cudaDeviceSynchronize());
+  }
+  static void read(void* to, void const* from, std::size_t bytes) {
+    cuda::check("memory", cudaDeviceSynchronize());
+    cuda::check("memory", cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
+  }
 };
 
 namespace cuda::detail {

@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/recording.hpp>
+#include <blackmamba/core/workspace.hpp>
 
 #include <cuda_runtime.h>
 
@@ -27,7 +28,7 @@ class recording<device::cuda> {
 
   template <class Step>
   void run(device::cuda const& policy, Step&& step) {
-    if (!warm_ || cuda::synchronise_each_launch) {
+    if (!warm_ || cuda::synchronise_each_launch || guard_workspaces != workspace_guard::none) {
       std::forward<Step>(step)(policy);
       warm_ = true;
       return;
