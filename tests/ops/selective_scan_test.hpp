@@ -133,6 +133,35 @@ TEST_CASE("selective_scan: packed sequences as one by one, to the bit") {
   }
 }
 
+TEST_CASE_TEMPLATE("selective_scan: sixteen bits in packs, in two calls as in one and packed as one by one", T,
+                   bfloat16, half) {
+  constexpr std::int64_t D = 40;
+  auto const p = make<T>(1, 100, D, 16);
+  auto const whole = run<T, 16>(p);
+  for (std::int64_t split : {1, 15, 16, 31, 32, 50, 99}) {
+    auto const first = run<T, 16>(steps_of(p, 0, split, p.initial));
+    auto const second = run<T, 16>(steps_of(p, split, 100, first.final_state));
+    test::check_equal(first.y, slice(whole.y, 0, split * D), "y of the first part");
+    test::check_equal(second.y, slice(whole.y, split * D, (100 - split) * D), "y of the second part");
+    test::check_equal(second.final_state, whole.final_state, "final_state");
+  }
+  // So many that a device gives a block fewer channels; some are empty, most end within a tile of steps.
+  std::vector<std::int64_t> offsets = {0};
+  for (std::int64_t s = 0; s < 140; ++s) offsets.push_back(offsets.back() + s * 37 % 71);
+  auto const q = make<T>(1, offsets.back(), D, 16, {.offsets = offsets});
+  check_forward<T, 16>(q);
+  auto const packed = run<T, 16>(q);
+  for (std::int64_t s = 0; s < q.sequences(); ++s) {
+    auto const first = q.begin(s), count = q.end(s) - first;
+    auto const alone = run<T, 16>(steps_of(q, first, first + count, slice(q.initial, s * D * 16, D * 16)));
+    test::check_equal(alone.y, slice(packed.y, first * D, count * D), "y");
+    test::check_equal(alone.final_state, slice(packed.final_state, s * D * 16, D * 16), "final_state");
+  }
+  // Cut into pieces.
+  check_forward<T, 16>(make<T>(2, 3001, 72, 16));
+  check_forward<T, 16>(make<T>(1, 6000, 72, 16, {.offsets = {0, 0, 1, 256, 513, 5000, 5000, 6000}}));
+}
+
 TEST_CASE("selective_scan: the same bits again, and for any number of threads") {
   auto const p = make<float>(2, 600, 150, 16);
   auto const q = make<float>(1, 300, 150, 16, {.offsets = {0, 7, 70, 71, 72, 100, 101, 160, 200, 300}});

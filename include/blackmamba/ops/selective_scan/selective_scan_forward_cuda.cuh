@@ -3,6 +3,7 @@
 #include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_exponential_cuda.cuh>
+#include <blackmamba/ops/selective_scan/selective_scan_forward_roles_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan_tiles_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan_tuning.hpp>
 
@@ -11,7 +12,8 @@
 #include <type_traits>
 
 /// Instantiated for each T and N in use: one kernel that writes y; where sequences are cut, one that finds the pieces'
-/// last states, and one that carries states from piece to piece.
+/// last states, and one that carries states from piece to piece. For 16-bit types with sixteen states
+/// scan_forward_roles takes the place of the first two where rows come in packs.
 namespace blackmamba::cuda::detail {
 
 /// What a lane knows of its step in a group.
@@ -322,6 +324,15 @@ __global__ void __launch_bounds__(128)
   }
 }
 
+template <class T, int N>
+void carry_states(device::cuda const& policy, selective_scan::inputs<device::cuda, T, N> const& in,
+                  std::int64_t channels, selective_scan::forward_workspace<device::cuda, T> const& work,
+                  scan_numbering const& numbering) {
+  unsigned const blocks = blocks_for(numbering.sequences * channels * N, 128);
+  launch("selective_scan", policy, {blocks, 128}, scan_carry<T, N>, in.A, in.A_is_log, in.initial_state, work,
+         numbering);
+}
+
 template <class T, int N, int Lanes, int Pair, bool Outputs>
 void launch_scan_forward(device::cuda const& policy, selective_scan::inputs<device::cuda, T, N> const& in,
                          view<space::device, T, dyn, dyn, dyn> y, selective_scan::results<device::cuda, T> const& keep,
@@ -343,11 +354,21 @@ void selective_scan_forward_with(device::cuda const& policy, selective_scan::inp
                                  scan_numbering const& numbering) {
   if (numbering.segment != 0) {
     launch_scan_forward<T, N, Lanes, Pair, false>(policy, in, y, keep, work, numbering);
-    unsigned const blocks = blocks_for(numbering.sequences * y.extent(2) * N, 128);
-    launch("selective_scan", policy, {blocks, 128}, scan_carry<T, N>, in.A, in.A_is_log, in.initial_state, work,
-           numbering);
+    carry_states(policy, in, y.extent(2), work, numbering);
   }
   launch_scan_forward<T, N, Lanes, Pair, true>(policy, in, y, keep, work, numbering);
+}
+
+template <class T, int Pair, int Tile, bool Outputs>
+void launch_scan_roles(device::cuda const& policy, selective_scan::inputs<device::cuda, T, 16> const& in,
+                       view<space::device, T, dyn, dyn, dyn> y, selective_scan::results<device::cuda, T> const& keep,
+                       selective_scan::forward_workspace<device::cuda, T> const& work,
+                       scan_numbering const& numbering) {
+  using shape = scan_roles<T, Pair, Tile>;
+  unsigned const tiles = blocks_for(y.extent(2), shape::channels);
+  unsigned const blocks = blocks_for(numbering.count() * std::int64_t{tiles}, 1);
+  launch("selective_scan", policy, {blocks, shape::threads, shape::bytes}, scan_forward_roles<T, Pair, Tile, Outputs>,
+         in, y, keep, work, numbering, tiles);
 }
 
 template <class T, int N>
@@ -362,6 +383,23 @@ void selective_scan_forward(device::cuda const& policy, selective_scan::inputs<d
   auto const plan = selective_scan_tuning::plan_forward(N, length, channels, sequences);
   scan_numbering const numbering{packed ? in.cu_seqlens.data() : nullptr, batch, length, sequences, plan.segment};
   constexpr int lanes = selective_scan_tuning::lanes_for(N), pair = sizeof(T) <= 4 && N <= 128 ? 2 : 1;
+  if constexpr (sizeof(T) == 2 && N == 16) {
+    bool const in_packs = rows_in_packs<8>(in.u) && rows_in_packs<8>(in.delta) && rows_in_packs<8>(in.z) &&
+                          rows_in_packs<4>(in.B) && rows_in_packs<4>(in.C) && rows_in_packs<2>(y);
+    if (in_packs) {
+      auto const run = [&]<bool Outputs>(std::bool_constant<Outputs>) {
+        if (plan.narrow)
+          launch_scan_roles<T, 1, 32, Outputs>(policy, in, y, keep, work, numbering);
+        else
+          launch_scan_roles<T, 2, 16, Outputs>(policy, in, y, keep, work, numbering);
+      };
+      if (numbering.segment != 0) {
+        run(std::false_type{});
+        carry_states(policy, in, y.extent(2), work, numbering);
+      }
+      return run(std::true_type{});
+    }
+  }
   bool const pairs =
       rows_in_packs<pair>(in.u) && rows_in_packs<pair>(in.delta) && rows_in_packs<pair>(in.z) && rows_in_packs<pair>(y);
   if (pairs)

@@ -301,6 +301,13 @@ struct scan_elements {
       w[0] = x.x, w[1] = x.y;
     }
   }
+  /// Those at p in shared memory.
+  static __device__ __forceinline__ scan_elements of(T const* p) {
+    static_assert(narrow && Pair == 2);
+    scan_elements x;
+    x.w[0] = *reinterpret_cast<unsigned const*>(p);
+    return x;
+  }
   __device__ __forceinline__ A operator[](int k) const {
     if constexpr (std::is_same_v<T, bfloat16>) {
       return __uint_as_float(k == 0 ? w[0] << 16 : w[0] & 0xffff0000u);

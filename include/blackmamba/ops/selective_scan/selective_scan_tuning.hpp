@@ -16,6 +16,7 @@ namespace blackmamba::selective_scan_tuning {
 /// `lanes` neighbouring lanes of a warp share a channel and hold N / lanes states each.
 struct forward_plan {
   int lanes = 1;
+  bool narrow = false;       ///< one channel for each lane in place of two, where sixteen states allow the choice
   std::int64_t segment = 0;  ///< steps after which a sequence is cut, to run its pieces side by side; 0: uncut
 };
 
@@ -34,6 +35,8 @@ constexpr forward_plan plan_forward(int states, std::int64_t length, std::int64_
     std::int64_t const pieces = std::min<std::int64_t>(396 / std::max<std::int64_t>(blocks, 1), length / 64);
     plan.segment = (length / pieces + 31) / 32 * 32;
   }
+  // Between one and two such blocks on each, twice as many of half the channels are spread more evenly.
+  plan.narrow = states == 16 && plan.segment == 0 && blocks >= 132 && blocks < 264;
   return plan;
 }
 
