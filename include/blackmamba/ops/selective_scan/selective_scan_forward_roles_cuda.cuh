@@ -40,6 +40,10 @@ struct scan_roles {
   static constexpr std::size_t bytes = inputs * sizeof(A) + std::size_t{z + 2 * rows} * sizeof(T);
   static_assert(sizeof(T) == 2 && helpers % pairs == 0 && Tile * N / 4 <= helpers && Tile * parts == helpers &&
                 selective_scan::chunk_length % Tile == 0);
+
+  __device__ static void helpers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(helpers) : "memory"); }
+  /// The two kinds of warps come to it at different places of the program, which __syncthreads() does not allow.
+  __device__ static void all_meet() { asm volatile("bar.sync 2, %0;" ::"n"(threads) : "memory"); }
 };
 
 template <class T, int Pair, int Tile, bool Outputs>
@@ -90,7 +94,7 @@ __global__ void __launch_bounds__(256, 3)
     if (steps == 0)
       keep_checkpoint(0);
     else
-      __syncthreads();
+      shape::all_meet();
     for (int k = 0; k < tiles; ++k) {
       if (k * Tile % selective_scan::chunk_length == 0) keep_checkpoint(k * Tile);
       A const* const times_of = shared + shape::times + (k & 1) * shape::time + thread / 4 * (2 * Pair);
@@ -139,9 +143,9 @@ __global__ void __launch_bounds__(256, 3)
         }
         if (i + 1 < Tile) make_decays(x[(i + 1) % ahead]);
       }
-      __syncthreads();
+      shape::all_meet();
     }
-    if (!Outputs) __syncthreads();
+    if (!Outputs) shape::all_meet();
     if (!mine) return;
 #pragma unroll
     for (int j = 0; j < Pair; ++j) {
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(256, 3)
   auto const put_projection = [&](uint2 const& from, A* to) {
     raw_pack<T, 4> x;
     x.w[0] = from;
-    store_pack<4>(to + helper * 4, pack<A, 4>{widen(x.e[0]), widen(x.e[1]), widen(x.e[2]), widen(x.e[3])});
+    store_pack<4>(to + helper * 4, x.widened());
   };
   // What movers need of tile k. Steps beyond the last keep the state: dt is zero there, and u and B those of the last.
   auto const prepare = [&](int k, projections const& coming) {
@@ -250,10 +254,10 @@ __global__ void __launch_bounds__(256, 3)
   copy(u_rows, Tile, u_of(1)), copy(delta_rows, Tile, delta_of(1));
   commit_copies();
   wait_for_copies<0>();
-  asm volatile("bar.sync 1, %0;" ::"n"(shape::helpers) : "memory");  // among helpers
+  shape::helpers_meet();
   prepare(0, load_projections(0));
   projections coming = load_projections(Tile);
-  __syncthreads();
+  shape::all_meet();
   for (int k = 0; k < tiles; ++k) {
     // What the next turn reads; beyond the last tile, its last step once more.
     copy(u_rows, (k + 2) * Tile, u_of(k + 2)), copy(delta_rows, (k + 2) * Tile, delta_of(k + 2));
@@ -264,14 +268,14 @@ __global__ void __launch_bounds__(256, 3)
     if (k + 1 < tiles) prepare(k + 1, coming);
     coming = after;
     wait_for_copies<0>();
-    __syncthreads();
+    shape::all_meet();
   }
   if constexpr (Outputs) {
     finish(tiles - 1);
   } else {
     A* const to = shared + shape::sums;
     to[first * shape::channels + 2 * pair] = sum_dt[0], to[first * shape::channels + 2 * pair + 1] = sum_dt[1];
-    __syncthreads();
+    shape::all_meet();
     if (first != 0 || !mine) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
