@@ -85,6 +85,19 @@ TEST_CASE("tensor-core products: many tiles on every multiprocessor, whatever th
     check_twins<bfloat16>({offsets, rows, 968, 1936});
 }
 
+TEST_CASE("tensor-core products: groups that end anywhere in a tile") {
+  check_twins<bfloat16>({{0, 0, 1, 8, 71, 135, 200, 327, 455, 584, 1084}, 1100, 136, 1472});
+  check_twins<bfloat16>({{0, 0, 30, 80, 80, 101}, 110, 1472, 520});
+}
+
+TEST_CASE("tensor-core products: two runs give the same bits") {
+  grouped_problem const p{{0, 0, 3000, 3001, 3128, 3129, 3129, 5990}, 6000, 968, 1936};
+  auto const first = run<bfloat16>(p, true), second = run<bfloat16>(p, true);
+  test::check_equal(second.y, first.y, "y");
+  test::check_equal(second.d_x, first.d_x, "d_x");
+  test::check_equal(second.d_weight, first.d_weight, "d_weight");
+}
+
 TEST_CASE("linear: a recorded product gives the bits of the first run") {
   std::int64_t const rows = 300, width = 264, outputs = 520;
   auto const x = test::upload<bfloat16>(test::random_normal(rows * width, 1), rows, width);

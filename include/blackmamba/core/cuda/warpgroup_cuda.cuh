@@ -77,6 +77,59 @@ __device__ __forceinline__ void copy_box([[maybe_unused]] std::uint32_t to, [[ma
 #endif
 }
 
+/// Has the second-level cache fetch a box.
+__device__ __forceinline__ void prefetch_box([[maybe_unused]] void const* map, [[maybe_unused]] int x,
+                                             [[maybe_unused]] int y, [[maybe_unused]] int z) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z)
+               : "memory");
+#endif
+}
+
+/// Starts the copy of a box out of shared memory, or its addition to what the tensor holds; what lies outside the
+/// tensor is left out. The calling thread's copies out form groups, as those of copy_async do.
+__device__ __forceinline__ void copy_box_out([[maybe_unused]] void const* map, [[maybe_unused]] std::uint32_t from,
+                                             [[maybe_unused]] int x, [[maybe_unused]] int y, [[maybe_unused]] int z) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(from),
+               "r"(x), "r"(y), "r"(z)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void add_box_out([[maybe_unused]] void const* map, [[maybe_unused]] std::uint32_t from,
+                                            [[maybe_unused]] int x, [[maybe_unused]] int y, [[maybe_unused]] int z) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(from), "r"(x), "r"(y), "r"(z)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void commit_copies_out() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+/// Waits until all but this thread's latest `Pending` groups have read shared memory; Written: until they are done.
+template <int Pending, bool Written = false>
+__device__ __forceinline__ void wait_for_copies_out() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (Written)
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
+  else
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+#endif
+}
+/// Stores four 8 x 8 matrices of 16-bit elements, as load_matrices has them.
+__device__ __forceinline__ void store_matrices([[maybe_unused]] std::uint32_t address,
+                                               [[maybe_unused]] std::uint32_t const (&from)[4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(from[0]),
+               "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+#endif
+}
+
 /// Gives registers of the calling warpgroup back, or asks for more.
 template <int Registers>
 __device__ __forceinline__ void release_registers() {
@@ -121,15 +174,16 @@ __device__ __forceinline__ std::uint64_t shared_operand(std::uint32_t address, i
 template <bool Across>
 inline constexpr std::uint64_t shared_operand_step = Across ? 2048 >> 4 : 32 >> 4;
 
-/// d (64, 256) = a (64, 16) b (16, 256), or += it with `add`. Warp w of the warpgroup has of d, as d[j], the fragment
-/// (as multiply_matrices has it) of rows 16 w to 16 w + 15 and columns 8 j to 8 j + 7.
-template <class T, bool AcrossA, bool AcrossB>
-__device__ __forceinline__ void multiply_in_warpgroup([[maybe_unused]] float (&d)[32][4],
+/// d (64, 8 Tiles) = a (64, 16) b (16, 8 Tiles), or += it with `add`; 8 Tiles is 256 or 128. Warp w of the warpgroup
+/// has of d, as d[j], the fragment (as multiply_matrices has it) of rows 16 w to 16 w + 15 and columns 8 j to 8 j + 7.
+template <class T, bool AcrossA, bool AcrossB, int Tiles>
+__device__ __forceinline__ void multiply_in_warpgroup([[maybe_unused]] float (&d)[Tiles][4],
                                                       [[maybe_unused]] std::uint64_t a,
                                                       [[maybe_unused]] std::uint64_t b, [[maybe_unused]] bool add) {
+  static_assert(Tiles == 32 || Tiles == 16);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   // clang-format off
-  if constexpr (std::is_same_v<T, bfloat16>)
+  if constexpr (Tiles == 32 && std::is_same_v<T, bfloat16>)
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
@@ -165,7 +219,7 @@ __device__ __forceinline__ void multiply_in_warpgroup([[maybe_unused]] float (&d
           "+f"(d[30][0]), "+f"(d[30][1]), "+f"(d[30][2]), "+f"(d[30][3]), "+f"(d[31][0]), "+f"(d[31][1]),
           "+f"(d[31][2]), "+f"(d[31][3])
         : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(int{AcrossA}), "n"(int{AcrossB}));
-  else
+  else if constexpr (Tiles == 32)
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
@@ -200,6 +254,48 @@ __device__ __forceinline__ void multiply_in_warpgroup([[maybe_unused]] float (&d
           "+f"(d[28][2]), "+f"(d[28][3]), "+f"(d[29][0]), "+f"(d[29][1]), "+f"(d[29][2]), "+f"(d[29][3]),
           "+f"(d[30][0]), "+f"(d[30][1]), "+f"(d[30][2]), "+f"(d[30][3]), "+f"(d[31][0]), "+f"(d[31][1]),
           "+f"(d[31][2]), "+f"(d[31][3])
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(int{AcrossA}), "n"(int{AcrossB}));
+  else if constexpr (std::is_same_v<T, bfloat16>)
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, add, 1, 1, %67, %68;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+          "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+          "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+          "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), "+f"(d[10][0]), "+f"(d[10][1]),
+          "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]),
+          "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
+          "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(int{AcrossA}), "n"(int{AcrossB}));
+  else
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, add, 1, 1, %67, %68;\n}\n"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+          "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+          "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+          "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), "+f"(d[10][0]), "+f"(d[10][1]),
+          "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
+          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]),
+          "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
+          "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
         : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(int{AcrossA}), "n"(int{AcrossB}));
     // clang-format on
 #endif
