@@ -41,9 +41,10 @@ struct scan_roles {
   static_assert(sizeof(T) == 2 && helpers % pairs == 0 && Tile * N / 4 <= helpers && Tile * parts == helpers &&
                 selective_scan::chunk_length % Tile == 0);
 
-  __device__ static void helpers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(helpers) : "memory"); }
+  // Not bar.sync, which wants the lanes of a warp together: they may be apart after a store that some leave out.
+  __device__ static void helpers_meet() { asm volatile("barrier.sync 1, %0;" ::"n"(helpers) : "memory"); }
   /// The two kinds of warps come to it at different places of the program, which __syncthreads() does not allow.
-  __device__ static void all_meet() { asm volatile("bar.sync 2, %0;" ::"n"(threads) : "memory"); }
+  __device__ static void all_meet() { asm volatile("barrier.sync 2, %0;" ::"n"(threads) : "memory"); }
 };
 
 template <class T, int Pair, int Tile, bool Outputs>
