@@ -13,7 +13,6 @@ struct problem {
   std::int64_t n;
   device::cpu policy;
   tensor<space::host, float, dyn> parameter, gradient, first_moment, second_moment, norm;
-  adamw::group groups[2];
 
   explicit problem(benchmark::State const& state)
       : n(state.range(0)),
@@ -22,8 +21,7 @@ struct problem {
         gradient(zeros<float>(policy, n)),
         first_moment(zeros<float>(policy, n)),
         second_moment(zeros<float>(policy, n)),
-        norm(zeros<float>(policy, 1)),
-        groups{{n - n / 100, 0.1}, {n, 0.0}} {
+        norm(zeros<float>(policy, 1)) {
     for (std::int64_t i = 0; i < n; ++i) gradient(i) = static_cast<float>(i % 101) * 0.001f - 0.05f;
     adamw::norm(policy, gradient, norm.as_view());
   }
@@ -36,13 +34,14 @@ struct problem {
   }
   template <class T>
   void step(view<space::host, T, dyn> copy) const {
-    adamw::step<device::cpu, T>(policy,
-                                {.parameter = parameter,
-                                 .gradient = gradient,
-                                 .first_moment = first_moment,
-                                 .second_moment = second_moment,
-                                 .copy = copy},
-                                norm, groups, {.learning_rate = 1e-3, .step = 10, .max_norm = 1.0});
+    adamw::segment<device::cpu, T> const all{.parameter = parameter,
+                                             .gradient = gradient,
+                                             .first_moment = first_moment,
+                                             .second_moment = second_moment,
+                                             .copy = copy};
+    adamw::segment<device::cpu, T> parts[] = {all.slice(0, n - n / 100), all.slice(n - n / 100, n / 100)};
+    parts[0].weight_decay = 0.1;
+    adamw::step<device::cpu, T>(policy, parts, norm, {.learning_rate = 1e-3, .step = 10, .max_norm = 1.0});
   }
 };
 

@@ -307,15 +307,15 @@ void adamw_step(benchmark::State& state) {
   std::int64_t const n = state.range(0);
   double const bytes = static_cast<double>(n) * (7 * 4 + 2);
   auto const sets = bench::rotated(bytes, [&](int i) { return adamw_set(n, 10 * i); });
-  adamw::group const groups[] = {{n / 3, 0.1}, {n, 0}};
   auto const call = [&](device::cuda const& on, adamw_set const& p) {
-    adamw::step<device::cuda, bfloat16>(on,
-                                        {.parameter = p.parameter,
-                                         .gradient = p.gradient,
-                                         .first_moment = p.first,
-                                         .second_moment = p.second,
-                                         .copy = p.copy},
-                                        p.norm, groups, optimiser);
+    adamw::segment<device::cuda, bfloat16> const all{.parameter = p.parameter,
+                                                     .gradient = p.gradient,
+                                                     .first_moment = p.first,
+                                                     .second_moment = p.second,
+                                                     .copy = p.copy};
+    adamw::segment<device::cuda, bfloat16> parts[] = {all.slice(0, n / 3), all.slice(n / 3, n - n / 3)};
+    parts[0].weight_decay = 0.1;
+    adamw::step<device::cuda, bfloat16>(on, parts, p.norm, optimiser);
   };
   auto const& p = sets[0];
   std::int64_t const some = 1000;
@@ -324,10 +324,14 @@ void adamw_step(benchmark::State& state) {
   for (auto const& set : sets) adamw::norm<device::cuda, float>(policy(), set.gradient, set.norm.as_view());
   call(policy(), p);
   auto const norm = on_host(p.norm.as_view());
-  adamw::group const host_groups[] = {{some, 0.1}};
   adamw::step<device::cpu, bfloat16>(
-      host, {.parameter = parameter, .gradient = gradient, .first_moment = first, .second_moment = second}, norm,
-      host_groups, optimiser);
+      host,
+      {.parameter = parameter,
+       .gradient = gradient,
+       .first_moment = first,
+       .second_moment = second,
+       .weight_decay = 0.1},
+      norm, optimiser);
   if (!agrees(state, "parameter", on_host(p.parameter.as_view(), 0, some), parameter, 1e-6)) return;
   bench::measure(state, {.bytes = bytes}, sets, call);
 }

@@ -287,17 +287,18 @@ TEST_CASE("more than 2^31 elements: adamw") {
   adamw::norm<device::cuda, float>(policy(), gradient, norm.as_view());
   double const length = static_cast<double>(all_of(norm.as_view()).data()[0]);
   CHECK(length == doctest::Approx(std::sqrt(static_cast<double>(n) / 3)).epsilon(1e-3));
-  adamw::group const groups[] = {{n - 500, 0.1}, {n, 0}}, host_groups[] = {{part - 500, 0.1}, {part, 0}};
   adamw::options const how{.learning_rate = 1e-2, .step = 3};
-  adamw::step<device::cuda, float>(
-      policy(), {.parameter = parameter, .gradient = gradient, .first_moment = first, .second_moment = second}, {},
-      groups, how);
-  adamw::step<device::cpu, float>(host,
-                                  {.parameter = host_parameter.reshape(part),
-                                   .gradient = host_gradient.reshape(part),
-                                   .first_moment = host_first.reshape(part),
-                                   .second_moment = host_second.reshape(part)},
-                                  {}, host_groups, how);
+  auto const step = [&]<class P>(P const& on, adamw::segment<P, float> const& all) {
+    auto const size = all.parameter.extent(0);
+    adamw::segment<P, float> parts[] = {all.slice(0, size - 500), all.slice(size - 500, 500)};
+    parts[0].weight_decay = 0.1;
+    adamw::step<P, float>(on, parts, {}, how);
+  };
+  step(policy(), {.parameter = parameter, .gradient = gradient, .first_moment = first, .second_moment = second});
+  step(host, {.parameter = host_parameter.reshape(part),
+              .gradient = host_gradient.reshape(part),
+              .first_moment = host_first.reshape(part),
+              .second_moment = host_second.reshape(part)});
   check_same("parameter", at_end(parameter), host_parameter, 1e-6);
   check_same("first moment", at_end(first), host_first, 1e-6);
 }

@@ -14,20 +14,28 @@ state random_state(std::int64_t n) {
   return s;
 }
 
+/// Parameters [end of the group before, end) of an array.
+struct group {
+  std::int64_t end;
+  double weight_decay;
+  double learning_rate_scale = 1;
+};
+using groups_of = std::vector<group>;
+
 /// The definition, in double.
-void reference_step(state& s, test::values const& gradient, double norm, std::vector<adamw::group> const& groups,
+void reference_step(state& s, test::values const& gradient, double norm, groups_of const& groups,
                     adamw::options const& o) {
   double const t = static_cast<double>(o.step);
   double const clip = o.max_norm > 0 && norm > o.max_norm ? o.max_norm / norm : 1.0;
   std::size_t i = 0;
-  for (auto const& group : groups)
-    for (; i < static_cast<std::size_t>(group.end); ++i) {
-      double const g = gradient[i] * clip, rate = o.learning_rate * group.learning_rate_scale;
+  for (auto const& part : groups)
+    for (; i < static_cast<std::size_t>(part.end); ++i) {
+      double const g = gradient[i] * clip, rate = o.learning_rate * part.learning_rate_scale;
       s.first_moment[i] = o.beta1 * s.first_moment[i] + (1 - o.beta1) * g;
       s.second_moment[i] = o.beta2 * s.second_moment[i] + (1 - o.beta2) * g * g;
       double const m = s.first_moment[i] / (1 - std::pow(o.beta1, t)),
                    v = s.second_moment[i] / (1 - std::pow(o.beta2, t));
-      s.parameter[i] -= rate * (m / (std::sqrt(v) + o.eps) + group.weight_decay * s.parameter[i]);
+      s.parameter[i] -= rate * (m / (std::sqrt(v) + o.eps) + part.weight_decay * s.parameter[i]);
     }
 }
 
@@ -44,17 +52,26 @@ struct on_device {
         copy(test::poisoned<T>(size(s))) {}
   static std::int64_t size(state const& s) { return static_cast<std::int64_t>(s.parameter.size()); }
 
-  void step(test::values const& gradient, double norm, std::vector<adamw::group> const& groups, adamw::options const& o,
+  adamw::segment<test_policy, T> with(tensor<test::test_space, A, dyn> const& gradient) const {
+    return {.parameter = parameter,
+            .gradient = gradient,
+            .first_moment = first_moment,
+            .second_moment = second_moment,
+            .copy = copy};
+  }
+  void step(test::values const& gradient, double norm, groups_of const& groups, adamw::options const& o,
             test_policy policy = make_policy()) {
     auto const g = test::upload<A>(gradient, static_cast<std::int64_t>(gradient.size()));
     auto const length = test::upload<A>({norm}, 1);
-    adamw::step<test_policy, T>(policy,
-                                {.parameter = parameter,
-                                 .gradient = g,
-                                 .first_moment = first_moment,
-                                 .second_moment = second_moment,
-                                 .copy = copy},
-                                length, groups, o);
+    std::vector<adamw::segment<test_policy, T>> segments;
+    std::int64_t begin = 0;
+    for (auto const& one : groups) {
+      segments.push_back(with(g).slice(begin, one.end - begin));
+      segments.back().weight_decay = one.weight_decay;
+      segments.back().learning_rate_scale = one.learning_rate_scale;
+      begin = one.end;
+    }
+    adamw::step<test_policy, T>(policy, segments, length, o);
   }
   state values() const {
     return {test::download(parameter), test::download(first_moment), test::download(second_moment)};
@@ -89,7 +106,7 @@ TEST_CASE_TEMPLATE("adamw: equals its definition over ten steps at every size an
       state expected{test::rounded<A>(test::random_normal(n, 1)), test::values(static_cast<std::size_t>(n), 0.0),
                      test::values(static_cast<std::size_t>(n), 0.0)};
       on_device<T> actual(expected);
-      std::vector<adamw::group> const groups{{n / 3, 0.1}, {n / 3, 0.7}, {n / 2, 0.0, 3.0}, {n, 0.02}};
+      groups_of const groups{{n / 3, 0.1}, {n / 3, 0.7}, {n / 2, 0.0, 3.0}, {n, 0.02}};
       for (std::int64_t step = 1; step <= 10; ++step) {
         auto const g = test::rounded<A>(test::random_normal(n, static_cast<std::uint64_t>(10 + step)));
         adamw::options const o{.learning_rate = 0.01 / static_cast<double>(step), .step = step, .max_norm = max_norm};
@@ -172,16 +189,16 @@ TEST_CASE("adamw: without clipping no norm is needed, without a copy none is wri
   auto const start = random_state(40);
   auto const gradient = test::random_normal(40, 5);
   on_device<double> with(start), without(start);
-  std::vector<adamw::group> const groups{{40, 0.1}};
   adamw::options const o{.learning_rate = 0.1, .step = 3};
-  with.step(gradient, 1.0, groups, o);
+  with.step(gradient, 1.0, {{40, 0.1}}, o);
   auto const g = test::upload<double>(gradient, 40);
   adamw::step<test_policy, double>(make_policy(),
                                    {.parameter = without.parameter,
                                     .gradient = g,
                                     .first_moment = without.first_moment,
-                                    .second_moment = without.second_moment},
-                                   {}, groups, o);
+                                    .second_moment = without.second_moment,
+                                    .weight_decay = 0.1},
+                                   {}, o);
   check_same(without.values(), with.values());
 }
 TEST_CASE("adamw: the norm is exact to its last digit, at every size") {
@@ -200,7 +217,7 @@ TEST_CASE_TEMPLATE("adamw: the same bits in every run, for any number of threads
   std::int64_t const n = 50001;
   auto const start = random_state(n);
   auto const gradient = test::random_normal(n, 5);
-  std::vector<adamw::group> const groups{{13, 0.1}, {20000, 0.0}, {n, 0.1}};
+  groups_of const groups{{13, 0.1}, {20000, 0.0}, {n, 0.1}};
   adamw::options const o{.learning_rate = 0.1, .step = 3, .max_norm = 1.0};
   on_device<float> one(start);
   one.step(gradient, norm_of(gradient), groups, o);
@@ -225,72 +242,115 @@ TEST_CASE("adamw: scratch is exact") {
   adamw::norm(dry{&measure}, g, norm.as_view());
   CHECK(measure.peak() == adamw::scratch_bytes(1 << 20));
 }
-TEST_CASE("adamw: shapes, groups and options that do not fit are named") {
+TEST_CASE("adamw: shapes and options that do not fit are named") {
   auto const four = zeros<float>(make_policy(), 4), five = zeros<float>(make_policy(), 5),
              one = zeros<float>(make_policy(), 1);
-  auto const message = [&](auto const& gradient, auto const& norm, std::vector<adamw::group> const& groups,
-                           adamw::options const& o) {
-    return test::message_of<error>([&] {
-      adamw::step<test_policy, float>(
-          make_policy(), {.parameter = four, .gradient = gradient, .first_moment = four, .second_moment = four}, norm,
-          groups, o);
-    });
+  using segment = adamw::segment<test_policy, float>;
+  segment const good{.parameter = four, .gradient = four, .first_moment = four, .second_moment = four};
+  auto const message = [&](std::vector<segment> const& segments, auto const& norm, adamw::options const& o) {
+    return test::message_of<error>([&] { adamw::step<test_policy, float>(make_policy(), segments, norm, o); });
   };
   view<test::test_space, float const, dyn> const absent;
   adamw::options const plain{.learning_rate = 0.1};
-  CHECK(message(five, one, {{4, 0.0}}, plain) == "adamw: gradient: got (5), expected (4)");
-  CHECK(message(four, four, {{4, 0.0}}, plain) == "adamw: norm: got (4), expected (1)");
-  CHECK(message(four, absent, {{4, 0.0}}, {.learning_rate = 0.1, .max_norm = 1}) ==
+  auto bad = good;
+  bad.gradient = five;
+  CHECK(message({bad}, one, plain) == "adamw: gradient: got (5), expected (4)");
+  CHECK(message({good, bad}, one, plain) == "adamw: segment 1: gradient: got (5), expected (4)");
+  bad = good;
+  bad.copy = five;
+  CHECK(message({bad, good}, one, plain) == "adamw: segment 0: copy: got (5), expected (4)");
+  CHECK(message({good}, four, plain) == "adamw: norm: got (4), expected (1)");
+  CHECK(message({good}, absent, {.learning_rate = 0.1, .max_norm = 1}) ==
         "adamw: norm: got no view, expected a view, because max_norm is not 0");
-  CHECK(message(four, one, {{3, 0.0}}, plain) == "adamw: groups: got groups of 3 parameters, expected 4");
-  CHECK(message(four, one, {{3, 0.0}, {2, 0.0}, {4, 0.0}}, plain) ==
-        "adamw: groups: got an end of 2 after 3, expected ascending ends");
-  CHECK(message(four, one, {{4, 0.0}}, {.learning_rate = 0.1, .step = 0}) ==
-        "adamw: step: got 0.000000, expected at least 1");
-  CHECK(message(four, one, {{4, 0.0}}, {.learning_rate = 0.1, .beta1 = 1}) ==
-        "adamw: beta1: got 1.000000, expected in [0, 1)");
+  CHECK(message({good}, one, {.learning_rate = 0.1, .step = 0}) == "adamw: step: got 0.000000, expected at least 1");
+  CHECK(message({good}, one, {.learning_rate = 0.1, .beta1 = 1}) == "adamw: beta1: got 1.000000, expected in [0, 1)");
 }
 TEST_CASE_TEMPLATE("adamw: a schedule in memory is what options say, to the bit", T, float, bfloat16, double) {
   using A = accum_t<T>;
   std::int64_t const n = 1003;
   auto const start = random_state(n);
   auto const gradient = test::random_normal(n, 5);
-  std::vector<adamw::group> const groups = {{.end = 400, .weight_decay = 0.1},
-                                            {.end = n, .weight_decay = 0, .learning_rate_scale = 0.5}};
   adamw::options const o{.learning_rate = 0.1, .step = 7};
   on_device<T> by_options(start), by_schedule(start);
-  by_options.step(gradient, norm_of(gradient), groups, o);
+  by_options.step(gradient, norm_of(gradient), {{400, 0.1}, {n, 0, 0.5}}, o);
   auto const numbers = adamw::schedule_of(o);
   auto const schedule = test::upload<double>({numbers.begin(), numbers.end()}, 3);
   auto const g = test::upload<A>(gradient, n);
-  adamw::step<test_policy, T>(make_policy(),
-                              {.parameter = by_schedule.parameter,
-                               .gradient = g,
-                               .first_moment = by_schedule.first_moment,
-                               .second_moment = by_schedule.second_moment,
-                               .schedule = schedule},
-                              {}, groups, {.learning_rate = 99, .step = 1});
+  adamw::segment<test_policy, T> segments[] = {by_schedule.with(g).slice(0, 400),
+                                               by_schedule.with(g).slice(400, n - 400)};
+  segments[0].weight_decay = 0.1;
+  segments[1].learning_rate_scale = 0.5;
+  adamw::step<test_policy, T>(make_policy(), segments, {}, {.learning_rate = 99, .step = 1}, schedule);
   check_same(by_schedule.values(), by_options.values());
 }
-TEST_CASE("adamw: more groups than one launch takes, and arrays that are not aligned") {
+// Segments are of tensors of their own, some of which begin after a pack's place, alike or each elsewhere; with a copy
+// or without; more of them than one launch takes.
+TEST_CASE_TEMPLATE("adamw: segments in one call are calls one by one, to the bit", T, STORAGE_TYPES) {
+  using A = accum_t<T>;
+  struct shape {
+    std::int64_t n, shift, gradient_shift;
+    bool copy;
+  };
+  std::vector<shape> const some{{4096, 0, 0, true}, {0, 0, 0, true},     {5, 0, 0, false},
+                                {1023, 1, 1, true}, {1, 3, 3, true},     {0, 1, 0, false},
+                                {2500, 0, 2, true}, {1025, 2, 1, false}, {3, 1, 1, true}};
+  auto many = some;
+  for (std::int64_t i = 0; i < 40; ++i) many.push_back({37 * i, i % 5, i % 3 == 0 ? i % 4 : i % 5, i % 2 == 0});
+  for (auto const& shapes : {some, many, std::vector<shape>{{0, 0, 0, true}, {0, 1, 2, false}}}) {
+    std::vector<on_device<T>> together, apart;
+    std::vector<tensor<test::test_space, A, dyn>> gradients;
+    std::vector<adamw::segment<test_policy, T>> segments, one_by_one;
+    std::uint64_t seed = 1;
+    for (auto const& s : shapes) {
+      std::int64_t const room = s.n + s.shift + 3;  // what lies around a segment stays as it is
+      state const start{test::random_normal(room, seed), test::random_normal(room, seed + 1, 0.1),
+                        test::random_uniform(room, seed + 2, 0.0, 0.1)};
+      gradients.push_back(test::upload<A>(test::random_normal(s.n + 8, seed + 3), s.n + 8));
+      seed += 4;
+      for (auto* all : {&together, &apart}) all->emplace_back(start);
+    }
+    for (std::size_t i = 0; i < shapes.size(); ++i)
+      for (auto [all, list] : {std::pair(&together, &segments), std::pair(&apart, &one_by_one)}) {
+        auto const& s = shapes[i];
+        auto segment = (*all)[i].with(gradients[i]).slice(s.shift, s.n);
+        segment.gradient = gradients[i].slice(s.gradient_shift, s.n);
+        if (!s.copy) segment.copy = {};
+        segment.weight_decay = i % 2 == 0 ? 0.1 : 0.0;
+        if (i % 3 == 2) segment.learning_rate_scale = 0.3;
+        list->push_back(segment);
+      }
+    auto const norm = test::upload<A>({2.5}, 1);
+    adamw::options const o{.learning_rate = 0.1, .step = 3, .max_norm = 1};
+    adamw::step<test_policy, T>(make_policy(), segments, norm, o);
+    for (auto const& segment : one_by_one) adamw::step<test_policy, T>(make_policy(), segment, norm, o);
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      check_same(together[i].values(), apart[i].values());
+      auto const a = test::download(together[i].copy), b = test::download(apart[i].copy);
+      for (std::size_t j = 0; j < a.size(); ++j) {
+        auto const at = static_cast<std::int64_t>(j) - shapes[i].shift;
+        bool const written = shapes[i].copy && at >= 0 && at < shapes[i].n;
+        if (std::isnan(a[j]) != !written || std::isnan(b[j]) != !written || (written && a[j] != b[j]))
+          FAIL("segment " << i << ": copy " << j << " is " << a[j] << " and " << b[j]);
+      }
+    }
+  }
+}
+TEST_CASE("adamw: how arrays are divided and aligned changes no bit") {
   std::int64_t const n = 997, shift = 1;
   auto const start = random_state(n + shift);
   auto const gradient = test::random_normal(n + shift, 5);
-  std::vector<adamw::group> groups;
-  for (std::int64_t i = 1; i <= 20; ++i)
-    groups.push_back({.end = n * i / 20, .weight_decay = 0.01 * static_cast<double>(i)});
+  groups_of groups;
+  for (std::int64_t i = 1; i <= 20; ++i) groups.push_back({n * i / 20, 0.1});
   adamw::options const o{.learning_rate = 0.1, .step = 2};
   auto const tail = [](test::values const& v) { return test::values(v.begin() + 1, v.end()); };
   on_device<float> straight({tail(start.parameter), tail(start.first_moment), tail(start.second_moment)});
   straight.step(tail(gradient), 1, groups, o);
   on_device<float> shifted(start);
   auto const g = test::upload<float>(gradient, n + shift);
-  adamw::step<test_policy, float>(make_policy(),
-                                  {.parameter = shifted.parameter.slice(shift, n),
-                                   .gradient = g.slice(shift, n),
-                                   .first_moment = shifted.first_moment.slice(shift, n),
-                                   .second_moment = shifted.second_moment.slice(shift, n)},
-                                  {}, groups, o);
+  auto whole = shifted.with(g).slice(shift, n);
+  whole.copy = {};
+  whole.weight_decay = 0.1;
+  adamw::step<test_policy, float>(make_policy(), whole, {}, o);
   auto const after = shifted.values();
   check_same({tail(after.parameter), tail(after.first_moment), tail(after.second_moment)}, straight.values());
 }

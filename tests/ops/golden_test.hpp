@@ -177,18 +177,19 @@ TEST_CASE_TEMPLATE("golden: cross_entropy", T, double, float) {
 
 TEST_CASE_TEMPLATE("golden: adamw", T, double, float) {
   golden g("adamw");
-  adamw::group const groups[] = {{.end = 6, .weight_decay = 0.125},
-                                 {.end = 10, .weight_decay = 0, .learning_rate_scale = 0.5}};
   for (auto const& [name, max_norm] : {std::pair<std::string, double>{"clipped", 0.5}, {"unclipped", 0.0}}) {
     auto parameter = input<T>(1, {2}, 10), first = sums<T>(10), second = sums<T>(10), norm = result<T>(1);
     for (int step = 1; step <= 3; ++step) {
       auto const gradient = input<T>(static_cast<std::uint32_t>(1 + step), {}, 10);
       adamw::norm(policy, gradient, norm.as_view());
       g.check(name + ".norm" + std::to_string(step), norm);
-      adamw::tensors<test_policy, T> const on{
+      adamw::segment<test_policy, T> const all{
           .parameter = parameter, .gradient = gradient, .first_moment = first, .second_moment = second};
-      adamw::step(
-          policy, on, norm, groups,
+      adamw::segment<test_policy, T> parts[] = {all.slice(0, 6), all.slice(6, 4)};
+      parts[0].weight_decay = 0.125;
+      parts[1].learning_rate_scale = 0.5;
+      adamw::step<test_policy, T>(
+          policy, parts, norm,
           {.learning_rate = 0x1p-7, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .step = step, .max_norm = max_norm});
     }
     g.check(name + ".parameter", parameter);

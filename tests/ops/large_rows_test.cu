@@ -212,12 +212,15 @@ TEST_CASE("adamw: more than 2^31 parameters") {
   adamw::norm<test_policy, float>(make_policy(), part_g, part_norm.as_view());
   test::check_close(test::download(norm), test::download(part_norm), test::unit_roundoff<float>() * 2, "norm");
   adamw::options const how{.learning_rate = 0.1, .max_norm = 1};
-  adamw::group const groups[] = {{n - rest / 2, 0.1}, {n, 0}}, part_groups[] = {{rest / 2, 0.1}, {rest, 0}};
-  adamw::step<test_policy, float>(make_policy(), {.parameter = p, .gradient = g, .first_moment = m, .second_moment = v},
-                                  norm, groups, how);
-  adamw::step<test_policy, float>(
-      make_policy(), {.parameter = part_p, .gradient = part_g, .first_moment = part_m, .second_moment = part_v}, norm,
-      part_groups, how);
+  using segment = adamw::segment<test_policy, float>;
+  segment const all{.parameter = p, .gradient = g, .first_moment = m, .second_moment = v},
+      last{.parameter = part_p, .gradient = part_g, .first_moment = part_m, .second_moment = part_v};
+  for (auto const& one : {all, last}) {
+    auto const size = one.parameter.extent(0);
+    segment parts[] = {one.slice(0, size - rest / 2), one.slice(size - rest / 2, rest / 2)};
+    parts[0].weight_decay = 0.1;
+    adamw::step<test_policy, float>(make_policy(), parts, norm, how);
+  }
   test::check_equal(test::download(p.slice(n - rest, rest)), test::download(part_p), "parameter");
   test::check_equal(test::download(m.slice(n - rest, rest)), test::download(part_m), "first_moment");
   test::check_equal(test::download(v.slice(n - rest, rest)), test::download(part_v), "second_moment");

@@ -277,36 +277,26 @@ class trainer {
   }
   /// What changes from step to step is in schedule_; the rest of the options is the same every time.
   void update(P const& policy, adamw::options const& how) {
-    auto const n = network_.memory().matrices().size(), all = gradient_.flat().size();
+    auto const& weights = network_.memory();
+    view<S, A, dyn> matrices;
+    view<S, T, dyn> copy;
     if constexpr (has_masters) {
-      adamw::group const matrices[] = {{.end = n, .weight_decay = options_.weight_decay}};
-      adamw::group const vectors[] = {{.end = all - n, .weight_decay = 0}};
-      adamw::step<P, T>(policy,
-                        {.parameter = master_,
-                         .gradient = gradient_.matrices(),
-                         .first_moment = first_moment_.matrices(),
-                         .second_moment = second_moment_.matrices(),
-                         .copy = network_.memory().matrices(),
-                          .schedule = schedule_},
-                        norm_, matrices, how);
-      adamw::step<P, T>(policy,
-                        {.parameter = network_.memory().vectors(),
-                         .gradient = gradient_.vectors(),
-                         .first_moment = first_moment_.vectors(),
-                         .second_moment = second_moment_.vectors(),
-                         .schedule = schedule_},
-                        norm_, vectors, how);
+      matrices = master_;
+      copy = weights.matrices();
     } else {
-      adamw::group const groups[] = {{.end = n, .weight_decay = options_.weight_decay},
-                                     {.end = all, .weight_decay = 0}};
-      adamw::step<P, T>(policy,
-                        {.parameter = network_.memory().flat(),
-                         .gradient = gradient_.flat(),
-                         .first_moment = first_moment_.flat(),
-                         .second_moment = second_moment_.flat(),
-                        .schedule = schedule_},
-                        norm_, groups, how);
+      matrices = weights.matrices();
     }
+    adamw::segment<home<P>, T> const all[] = {{.parameter = matrices,
+                                               .gradient = gradient_.matrices(),
+                                               .first_moment = first_moment_.matrices(),
+                                               .second_moment = second_moment_.matrices(),
+                                               .copy = copy,
+                                               .weight_decay = options_.weight_decay},
+                                              {.parameter = weights.vectors(),
+                                               .gradient = gradient_.vectors(),
+                                               .first_moment = first_moment_.vectors(),
+                                               .second_moment = second_moment_.vectors()}};
+    adamw::step<P, T>(policy, all, norm_, how, schedule_);
   }
 
   Network& network_;

@@ -18,16 +18,10 @@ namespace blackmamba {
 ///   m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
 ///   p = p - eta (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay p)
 ///
-/// One pass over memory. Parameters, gradients and moments in accum_t<T>; the factors that depend on t are computed in
-/// double. Bitwise repeatable, independent of the number of threads. Asynchronous on cuda: the norm stays on the
-/// device.
+/// One pass over memory, for all segments together: on cuda one launch. Parameters, gradients and moments in
+/// accum_t<T>; the factors that depend on t are computed in double. Bitwise repeatable, independent of the number of
+/// threads and of how parameters are divided into segments. Asynchronous on cuda: the norm stays on the device.
 struct adamw {
-  /// Parameters [end of the group before, end).
-  struct group {
-    std::int64_t end;
-    double weight_decay;
-    double learning_rate_scale = 1;
-  };
   struct options {
     double learning_rate;
     double beta1 = 0.9;
@@ -36,14 +30,27 @@ struct adamw {
     std::int64_t step = 1;  ///< 1 for the first
     double max_norm = 0;    ///< 0: no clipping
   };
+  /// Parameters that are treated alike: a tensor, or a part of one.
   template <device_policy P, storage T>
-  struct tensors {
+  struct segment {
     out<P, accum_t<T>, dyn> parameter;      // (n)  in and out
     in<P, accum_t<T>, dyn> gradient;        // (n)
     out<P, accum_t<T>, dyn> first_moment;   // (n)  in and out; zeros before the first step
     out<P, accum_t<T>, dyn> second_moment;  // (n)  in and out; zeros before the first step
     out<P, T, dyn> copy = {};               // (n)  optional: the new parameters, rounded to storage
-    in<P, double, dyn> schedule = {};       // (3)  optional: in place of options::learning_rate and options::step
+    double weight_decay = 0;
+    double learning_rate_scale = 1;
+
+    /// Parameters [first, first + count) of these.
+    segment slice(std::int64_t first, std::int64_t count) const {
+      segment part = *this;
+      part.parameter = parameter.slice(first, count);
+      part.gradient = gradient.slice(first, count);
+      part.first_moment = first_moment.slice(first, count);
+      part.second_moment = second_moment.slice(first, count);
+      if (copy.present()) part.copy = copy.slice(first, count);
+      return part;
+    }
   };
   /// What changes from step to step, as three numbers: eta, 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t). A step that is
   /// recorded once and replayed reads them from memory.
@@ -52,34 +59,40 @@ struct adamw {
     return {how.learning_rate, 1 / (1 - std::pow(how.beta1, t)), 1 / std::sqrt(1 - std::pow(how.beta2, t))};
   }
 
+  /// @param segments host memory; their tensors do not overlap, and any of them may be empty
   /// @param norm (1) the gradient's norm over everything that is clipped together; may be absent where max_norm is 0. A
   /// norm that is not finite leaves every tensor unchanged.
-  /// @param groups host memory; their ends ascend, the last is n
+  /// @param schedule (3) optional: in place of options::learning_rate and options::step
   /// @throws value_error where an option is outside its domain
   template <device_policy P, storage T>
-  static void step(P const& policy, tensors<home<P>, T> const& on, in<P, accum_t<T>, dyn> norm,
-                   std::span<group const> groups, options const& how) {
-    auto const n = on.parameter.extent(0);
-    check_shape("adamw", "gradient", on.gradient, {n});
-    check_shape("adamw", "first_moment", on.first_moment, {n});
-    check_shape("adamw", "second_moment", on.second_moment, {n});
-    check_optional_shape("adamw", "copy", on.copy, {n});
-    check_optional_shape("adamw", "norm", norm, {1});
-    check_optional_shape("adamw", "schedule", on.schedule, {3});
-    check_that(norm.present() || how.max_norm == 0, "adamw", "norm", "no view", "a view, because max_norm is not 0");
-    std::int64_t end = 0;
-    for (auto const& g : groups) {
-      check_that(g.end >= end, "adamw", "groups",
-                 "an end of " + std::to_string(g.end) + " after " + std::to_string(end), "ascending ends");
-      end = g.end;
+  static void step(P const& policy, std::span<segment<home<P>, T> const> segments, in<P, accum_t<T>, dyn> norm,
+                   options const& how, in<P, double, dyn> schedule = {}) {
+    bool empty = true;
+    for (std::size_t i = 0; i < segments.size(); ++i) {
+      auto const& s = segments[i];
+      auto const n = s.parameter.extent(0);
+      std::string const op = segments.size() == 1 ? "adamw" : "adamw: segment " + std::to_string(i);
+      check_shape(op, "gradient", s.gradient, {n});
+      check_shape(op, "first_moment", s.first_moment, {n});
+      check_shape(op, "second_moment", s.second_moment, {n});
+      check_optional_shape(op, "copy", s.copy, {n});
+      empty = empty && n == 0;
     }
-    check_that(end == n, "adamw", "groups", "groups of " + std::to_string(end) + " parameters", std::to_string(n));
+    check_optional_shape("adamw", "norm", norm, {1});
+    check_optional_shape("adamw", "schedule", schedule, {3});
+    check_that(norm.present() || how.max_norm == 0, "adamw", "norm", "no view", "a view, because max_norm is not 0");
     check_value(how.step >= 1, "step", static_cast<double>(how.step), "at least 1");
     check_value(how.beta1 >= 0 && how.beta1 < 1, "beta1", how.beta1, "in [0, 1)");
     check_value(how.beta2 >= 0 && how.beta2 < 1, "beta2", how.beta2, "in [0, 1)");
     check_value(how.eps >= 0, "eps", how.eps, "not negative");
     check_value(how.max_norm >= 0, "max_norm", how.max_norm, "not negative");
-    if (n > 0) backend_of<adamw, P>::step(policy, on, norm, groups, how);
+    if (!empty) backend_of<adamw, P>::step(policy, segments, norm, how, schedule);
+  }
+  /// One segment.
+  template <device_policy P, storage T>
+  static void step(P const& policy, segment<home<P>, T> const& all, in<P, accum_t<T>, dyn> norm, options const& how,
+                   in<P, double, dyn> schedule = {}) {
+    step<P, T>(policy, std::span<segment<home<P>, T> const>(&all, 1), norm, how, schedule);
   }
 
   /// norm (1) = sqrt(sum of gradient^2), summed in double over fixed blocks in a fixed order.

@@ -2,54 +2,55 @@
 #include <blackmamba/core/cpu/parallel_for.hpp>
 #include <blackmamba/core/cpu/simd.hpp>
 #include <blackmamba/ops/adamw/adamw.hpp>
+#include <blackmamba/ops/adamw/adamw_math.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 
 namespace blackmamba {
 
 template <>
 struct backend<adamw, device::cpu> {
   template <class T>
-  static void step(device::cpu const& policy, adamw::tensors<device::cpu, T> const& on,
-                   host_view<accum_t<T> const, dyn> norm, std::span<adamw::group const> groups,
-                   adamw::options const& how) {
+  static void step(device::cpu const& policy, std::span<adamw::segment<device::cpu, T> const> segments,
+                   host_view<accum_t<T> const, dyn> norm, adamw::options const& how,
+                   host_view<double const, dyn> schedule) {
     using A = accum_t<T>;
     using V = simd::pack<A>;
     double clip = 1;
     if (norm.present()) {
       double const length = static_cast<double>(norm(0));
       if (!std::isfinite(length)) return;
-      if (how.max_norm > 0 && length > how.max_norm) clip = how.max_norm / length;
+      clip = math::adamw_clip(length, how.max_norm);
     }
-    // eta m' / (sqrt(v') + eps) with m' = m / c1, v' = v / c2 is (eta / c1) m / (sqrt(v) / sqrt(c2) + eps).
-    auto schedule = adamw::schedule_of(how);
-    if (on.schedule.present()) std::copy_n(on.schedule.data(), 3, schedule.begin());
-    A const first_correction = static_cast<A>(schedule[1]);
-    A const second_correction = static_cast<A>(schedule[2]);
-    A const scale = static_cast<A>(clip), beta1 = static_cast<A>(how.beta1), beta2 = static_cast<A>(how.beta2);
-    A const rest1 = static_cast<A>(1 - how.beta1), rest2 = static_cast<A>(1 - how.beta2);
-    A const eps = static_cast<A>(how.eps);
-    std::int64_t begin = 0;
-    for (auto const& group : groups) {
-      double const rate = schedule[0] * group.learning_rate_scale;
-      A const step_size = static_cast<A>(rate) * first_correction;
-      A const decay = static_cast<A>(rate * group.weight_decay);
-      cpu::parallel_for(policy.threads, group.end - begin, 4096, [&](std::int64_t low, std::int64_t high) {
-        simd::for_packs<V::lanes>(high - low, [&](std::int64_t offset, auto lanes) {
-          std::int64_t const i = begin + low + offset;
-          V const g = simd::load<V>(on.gradient.data() + i, lanes) * scale;
-          V const m = fma(simd::load<V>(on.first_moment.data() + i, lanes), V(beta1), g * rest1);
-          V const v = fma(simd::load<V>(on.second_moment.data() + i, lanes), V(beta2), g * g * rest2);
-          V p = simd::load<V>(on.parameter.data() + i, lanes);
-          p -= fma(p, V(decay), m * step_size / fma(sqrt(v), V(second_correction), V(eps)));
-          simd::store(m, on.first_moment.data() + i, lanes);
-          simd::store(v, on.second_moment.data() + i, lanes);
-          simd::store(p, on.parameter.data() + i, lanes);
-          if (on.copy.present()) simd::store(p, on.copy.data() + i, lanes);
+    auto now = adamw::schedule_of(how);
+    if (schedule.present()) std::copy_n(schedule.data(), 3, now.begin());
+    auto const all_lanes = [](double x) { return V(static_cast<A>(x)); };
+    for (auto const& s : segments) {
+      double const rate = now[0] * s.learning_rate_scale;
+      math::adamw_factors<V> const factors{.clip = all_lanes(clip),
+                                           .beta1 = all_lanes(how.beta1),
+                                           .rest1 = all_lanes(1 - how.beta1),
+                                           .beta2 = all_lanes(how.beta2),
+                                           .rest2 = all_lanes(1 - how.beta2),
+                                           .step_size = all_lanes(rate) * all_lanes(now[1]),
+                                           .second_correction = all_lanes(now[2]),
+                                           .eps = all_lanes(how.eps),
+                                           .decay = all_lanes(rate * s.weight_decay)};
+      cpu::parallel_for(policy.threads, s.parameter.extent(0), 4096, [&](std::int64_t begin, std::int64_t end) {
+        auto const f = factors;
+        simd::for_packs<V::lanes>(end - begin, [&](std::int64_t offset, auto lanes) {
+          std::int64_t const i = begin + offset;
+          V m = simd::load<V>(s.first_moment.data() + i, lanes), v = simd::load<V>(s.second_moment.data() + i, lanes);
+          V p = simd::load<V>(s.parameter.data() + i, lanes);
+          math::adamw_update(p, m, v, simd::load<V>(s.gradient.data() + i, lanes), f);
+          simd::store(m, s.first_moment.data() + i, lanes);
+          simd::store(v, s.second_moment.data() + i, lanes);
+          simd::store(p, s.parameter.data() + i, lanes);
+          if (s.copy.present()) simd::store(p, s.copy.data() + i, lanes);
         });
       });
-      begin = group.end;
     }
   }
 

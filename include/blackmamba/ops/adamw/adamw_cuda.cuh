@@ -2,84 +2,106 @@
 #include <blackmamba/core/cuda/reduce_cuda.cuh>
 #include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/ops/adamw/adamw.hpp>
+#include <blackmamba/ops/adamw/adamw_math.hpp>
 
-#include <algorithm>
-#include <array>
+#include <cstdint>
 #include <span>
 
-// Kernels: adamw_update for each storage type, in packs of 16 bytes or (where an array is not aligned for them, as an
-// offset of a view can make it) element by element; adamw_squares and adamw_norm for float and double.
+// Kernels: adamw_update for each storage type; adamw_squares and adamw_norm for float and double.
 namespace blackmamba::cuda::detail {
 
-/// Parameters [end of the group before, end) and what they multiply.
-template <class A>
-struct adamw_group {
-  std::int64_t end;
-  A learning_rate_scale;
-  A weight_decay;
-};
-inline constexpr int adamw_most_groups = 8;
+inline constexpr int adamw_most_segments = 16;  // of a launch
+inline constexpr int adamw_threads = 256;
 
+/// A segment in tiles of a pack for each thread, and what its parameters multiply.
 template <class T>
-struct adamw_arguments {
+struct adamw_tiles {
   using A = accum_t<T>;
   A* parameter;
   A const* gradient;
   A* first_moment;
   A* second_moment;
-  T* copy;                 // may be null
+  T* copy;  // may be null
+  std::int64_t n;
+  std::int64_t first_tile, end_tile;
+  A learning_rate_scale, weight_decay;
+  int lead;     // elements between the last whole pack's place before the segment and its beginning
+  bool packed;  // the same for all five arrays: else a thread's elements lie as far apart as there are threads
+};
+
+template <class T>
+struct adamw_arguments {
+  using A = accum_t<T>;
   A const* norm;           // may be null
   double const* schedule;  // may be null: schedule_values then
   double schedule_values[3];
-  std::int64_t begin, end;
-  adamw_group<A> groups[adamw_most_groups];
-  int group_count;
-  A beta1, beta2, rest1, rest2, eps;
   double max_norm;
+  A beta1, beta2, rest1, rest2, eps;
+  std::int64_t tiles;
+  adamw_tiles<T> segments[adamw_most_segments];
 };
 
-template <int N, class T>
-__global__ void __launch_bounds__(256) adamw_update(adamw_arguments<T> const arg) {
+template <class T>
+__global__ void __launch_bounds__(adamw_threads) adamw_update(__grid_constant__ adamw_arguments<T> const arg) {
   using A = accum_t<T>;
+  constexpr int N = pack_width<A>;
   double clip = 1;
   if (arg.norm) {
     double const length = static_cast<double>(*arg.norm);
     if (!isfinite(length)) return;
-    if (arg.max_norm > 0 && length > arg.max_norm) clip = arg.max_norm / length;
+    clip = math::adamw_clip(length, arg.max_norm);
   }
   double const* const schedule = arg.schedule ? arg.schedule : arg.schedule_values;
-  A const scale = static_cast<A>(clip), rate = static_cast<A>(schedule[0]);
-  A const first_correction = static_cast<A>(schedule[1]), second_correction = static_cast<A>(schedule[2]);
+  A const rate = static_cast<A>(schedule[0]), first_correction = static_cast<A>(schedule[1]);
+  math::adamw_factors<A> f{.clip = static_cast<A>(clip),
+                           .beta1 = arg.beta1,
+                           .rest1 = arg.rest1,
+                           .beta2 = arg.beta2,
+                           .rest2 = arg.rest2,
+                           .step_size = 0,
+                           .second_correction = static_cast<A>(schedule[2]),
+                           .eps = arg.eps,
+                           .decay = 0};
 
-  std::int64_t const stride = std::int64_t{gridDim.x} * blockDim.x * N;
-  for (std::int64_t i = arg.begin + (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N; i < arg.end;
-       i += stride) {
-    bool const whole = i + N <= arg.end;
-    std::int64_t const count = whole ? N : arg.end - i;
-    auto const load = [&](A const* x) { return whole ? load_pack_streaming<N>(x + i) : load_some<N>(x + i, count); };
-    pack<A, N> const g = load(arg.gradient);
-    pack<A, N> p = load(arg.parameter), m = load(arg.first_moment), v = load(arg.second_moment);
-    int group = 0;
+  int segment = 0;
+  for (std::int64_t tile = blockIdx.x; tile < arg.tiles; tile += gridDim.x) {
+    while (tile >= arg.segments[segment].end_tile) ++segment;
+    adamw_tiles<T> const& s = arg.segments[segment];
+    A const eta = rate * s.learning_rate_scale;
+    f.step_size = eta * first_correction;
+    f.decay = eta * s.weight_decay;
+
+    std::int64_t const first = (tile - s.first_tile) * (adamw_threads * N) - s.lead;
+    std::int64_t const at = first + static_cast<int>(threadIdx.x) * (s.packed ? N : 1);
+    int const apart = s.packed ? 1 : adamw_threads;
+    bool const whole = s.packed && at >= 0 && at + N <= s.n;
+    auto const each = [&](auto&& body) {  // the elements one by one
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      while (group + 1 < arg.group_count && i + j >= arg.groups[group].end) ++group;
-      A const eta = rate * arg.groups[group].learning_rate_scale;
-      A const decay = eta * arg.groups[group].weight_decay;
-      A const clipped = g[j] * scale;
-      m[j] = fma(m[j], arg.beta1, clipped * arg.rest1);
-      v[j] = fma(v[j], arg.beta2, clipped * clipped * arg.rest2);
-      p[j] -= fma(p[j], decay, m[j] * (eta * first_correction) / fma(sqrt(v[j]), second_correction, arg.eps));
-    }
-    auto const store = [&](auto* x, pack<A, N> const& values) {
-      if (whole)
-        store_pack<N>(x + i, values);
-      else
-        store_some<N>(x + i, values, count);
+      for (int j = 0; j < N; ++j) {
+        std::int64_t const i = at + j * apart;
+        if (i >= 0 && i < s.n) body(i, j);
+      }
     };
-    store(arg.first_moment, m);
-    store(arg.second_moment, v);
-    store(arg.parameter, p);
-    if (arg.copy) store(arg.copy, p);
+    auto const load = [&](A const* x) {
+      if (whole) return load_pack_streaming<N>(x + at);
+      pack<A, N> some{};
+      each([&](std::int64_t i, int j) { some[j] = x[i]; });
+      return some;
+    };
+    pack<A, N> const g = load(s.gradient);
+    pack<A, N> p = load(s.parameter), m = load(s.first_moment), v = load(s.second_moment);
+#pragma unroll
+    for (int j = 0; j < N; ++j) math::adamw_update(p[j], m[j], v[j], g[j], f);
+    auto const store = [&]<class X>(X* x, pack<A, N> const& values) {
+      if (whole)
+        store_pack<N>(x + at, values);
+      else
+        each([&](std::int64_t i, int j) { x[i] = convert<X>(values[j]); });
+    };
+    store(s.first_moment, m);
+    store(s.second_moment, v);
+    store(s.parameter, p);
+    if (s.copy) store(s.copy, p);
   }
 }
 
@@ -119,49 +141,33 @@ namespace blackmamba {
 template <>
 struct backend<adamw, device::cuda> {
   template <class T>
-  static void step(device::cuda const& policy, adamw::tensors<device::cuda, T> const& on,
-                   view<space::device, accum_t<T> const, dyn> norm, std::span<adamw::group const> groups,
-                   adamw::options const& how) {
+  static void step(device::cuda const& policy, std::span<adamw::segment<device::cuda, T> const> segments,
+                   view<space::device, accum_t<T> const, dyn> norm, adamw::options const& how,
+                   view<space::device, double const, dyn> schedule) {
     using A = accum_t<T>;
-    constexpr int width = cuda::pack_width<A>;
-    auto const schedule = adamw::schedule_of(how);
-    cuda::detail::adamw_arguments<T> arg{.parameter = on.parameter.data(),
-                                         .gradient = on.gradient.data(),
-                                         .first_moment = on.first_moment.data(),
-                                         .second_moment = on.second_moment.data(),
-                                         .copy = on.copy.data(),
-                                         .norm = norm.data(),
-                                         .schedule = on.schedule.data(),
-                                         .schedule_values = {schedule[0], schedule[1], schedule[2]},
-                                         .begin = 0,
-                                         .end = 0,
-                                         .groups = {},
-                                         .group_count = 0,
+    auto const now = adamw::schedule_of(how);
+    cuda::detail::adamw_arguments<T> arg{.norm = norm.data(),
+                                         .schedule = schedule.data(),
+                                         .schedule_values = {now[0], now[1], now[2]},
+                                         .max_norm = how.max_norm,
                                          .beta1 = static_cast<A>(how.beta1),
                                          .beta2 = static_cast<A>(how.beta2),
                                          .rest1 = static_cast<A>(1 - how.beta1),
                                          .rest2 = static_cast<A>(1 - how.beta2),
                                          .eps = static_cast<A>(how.eps),
-                                         .max_norm = how.max_norm};
-    // One launch for everything, but where there are more groups than its arguments hold.
-    while (!groups.empty()) {
-      auto const some = groups.first(std::min<std::size_t>(groups.size(), cuda::detail::adamw_most_groups));
-      groups = groups.subspan(some.size());
-      arg.group_count = static_cast<int>(some.size());
-      for (std::size_t i = 0; i < some.size(); ++i)
-        arg.groups[i] = {some[i].end, static_cast<A>(some[i].learning_rate_scale),
-                         static_cast<A>(some[i].weight_decay)};
-      arg.end = some.back().end;
-      std::int64_t const n = arg.end - arg.begin;
-      auto const aligned = [&](auto const* x) { return x == nullptr || cuda::pack_aligned<width>(x + arg.begin); };
-      if (n > 0 && aligned(arg.parameter) && aligned(arg.gradient) && aligned(arg.first_moment) &&
-          aligned(arg.second_moment) && aligned(arg.copy))
-        cuda::launch("adamw", policy, {cuda::strided_blocks_for(n, 256 * width, 8, 4), 256},
-                     cuda::detail::adamw_update<width, T>, arg);
-      else if (n > 0)
-        cuda::launch("adamw", policy, {cuda::strided_blocks_for(n, 256, 8, 4), 256}, cuda::detail::adamw_update<1, T>,
-                     arg);
-      arg.begin = arg.end;
+                                         .tiles = 0,
+                                         .segments = {}};
+    // One launch for everything, but where there are more segments than its arguments hold.
+    while (!segments.empty()) {
+      int count = 0;
+      arg.tiles = 0;
+      for (; !segments.empty() && count < cuda::detail::adamw_most_segments; segments = segments.subspan(1)) {
+        if (segments.front().parameter.extent(0) == 0) continue;
+        arg.segments[count] = tiles_of<T>(segments.front(), arg.tiles);
+        arg.tiles = arg.segments[count++].end_tile;
+      }
+      cuda::launch("adamw", policy, {cuda::strided_blocks_for(arg.tiles, 1, 8, 4), cuda::detail::adamw_threads},
+                   cuda::detail::adamw_update<T>, arg);
     }
   }
 
@@ -173,6 +179,34 @@ struct backend<adamw, device::cuda> {
                  cuda::pack_aligned<cuda::pack_width<A>>(gradient.data()), partial.data());
     cuda::launch("adamw.norm", policy, {1, 256}, cuda::detail::adamw_norm<A>, partial.data(), partial.extent(0),
                  norm.data());
+  }
+
+ private:
+  template <class T>
+  static cuda::detail::adamw_tiles<T> tiles_of(adamw::segment<device::cuda, T> const& s, std::int64_t first_tile) {
+    using A = accum_t<T>;
+    constexpr int width = cuda::pack_width<A>;
+    auto const after_pack = [](auto const* x) {  // elements between the last pack's place and x
+      return static_cast<int>(reinterpret_cast<std::uintptr_t>(x) / sizeof(*x) % width);
+    };
+    int const lead = after_pack(s.parameter.data());
+    bool const packed = after_pack(s.gradient.data()) == lead && after_pack(s.first_moment.data()) == lead &&
+                        after_pack(s.second_moment.data()) == lead &&
+                        (!s.copy.present() || after_pack(s.copy.data()) == lead);
+    std::int64_t const n = s.parameter.extent(0), tile = cuda::detail::adamw_threads * width;
+    std::int64_t const tiles = (n + (packed ? lead : 0) + tile - 1) / tile;
+    return {.parameter = s.parameter.data(),
+            .gradient = s.gradient.data(),
+            .first_moment = s.first_moment.data(),
+            .second_moment = s.second_moment.data(),
+            .copy = s.copy.data(),
+            .n = n,
+            .first_tile = first_tile,
+            .end_tile = first_tile + tiles,
+            .learning_rate_scale = static_cast<A>(s.learning_rate_scale),
+            .weight_decay = static_cast<A>(s.weight_decay),
+            .lead = packed ? lead : 0,
+            .packed = packed};
   }
 };
 
