@@ -60,7 +60,7 @@ TEST_CASE("language model: tensors have the published names and shapes") {
 // Without balance: a balance rule moves the router's choice, which has no gradient, with the weights.
 TEST_CASE_TEMPLATE("language model: every gradient equals central differences", Arch, test::tiny_unbalanced,
                    test::tiny_geglu, test::tiny_mamba, test::tiny_transformer, test::tiny_transformer_moe,
-                   test::tiny_parallel) {
+                   test::tiny_parallel, test::tiny_dropping) {
   network<Arch, test_policy, double> net(3, make_policy());
   trainer train(net, test::still(2, 5));
   auto const tokens = test::random_tokens(2, 6, Arch::vocab, 5);

@@ -76,8 +76,8 @@ void check_definition() {
       if (rows * width > 30000) continue;
       auto const gate = test::rounded<T>(test::random_normal(rows * width, 1, 3.0));
       auto const up = test::rounded<T>(test::random_normal(rows * width, 2));
-      for (bool gated : {true, false}) {
-        auto const u = gated ? up : test::values{};
+      for (bool with_up : {true, false}) {
+        auto const u = with_up ? up : test::values{};
         test::check_close_at_scale(run<Activation, T>(gate, u, rows, width), reference<Activation>(gate, u), 1.0,
                                    2 * test::tolerance<T>(), "y");
       }
@@ -218,6 +218,44 @@ TEST_CASE_TEMPLATE("gated_activation: rows that begin anywhere", T, STORAGE_TYPE
       test::check_equal(outside(d_up), g.d_up, "d_up");
     }
 }
+TEST_CASE_TEMPLATE("gated_activation: rows past a count in memory stay as they are", T, STORAGE_TYPES) {
+  std::int64_t const rows = 37;
+  for (std::int64_t width : {8, 33, 1100})
+    for (std::int64_t count : {0, 1, 20, 37, 100}) {
+      auto const there = static_cast<std::size_t>(std::min(count, rows) * width);
+      // What lies past the count is no number, and may be anything.
+      auto const numbers_before = [&](std::uint64_t seed) {
+        auto v = test::rounded<T>(test::random_normal(rows * width, seed));
+        std::fill(v.begin() + static_cast<std::ptrdiff_t>(there), v.end(), std::numeric_limits<double>::quiet_NaN());
+        return v;
+      };
+      auto const gate = numbers_before(1), up = numbers_before(2), d_y = numbers_before(3);
+      auto const row_count = test::upload<std::int64_t>({static_cast<double>(count)}, 1);
+      auto const g = test::upload<T>(gate, rows, width), u = test::upload<T>(up, rows, width),
+                 dy = test::upload<T>(d_y, rows, width);
+      auto const check = [&](auto const& result, test::values const& expected, char const* what) {
+        auto const all = test::download(result);
+        test::check_equal({all.begin(), all.begin() + static_cast<std::ptrdiff_t>(there)},
+                          {expected.begin(), expected.begin() + static_cast<std::ptrdiff_t>(there)}, what);
+        for (std::size_t i = there; i < all.size(); ++i) REQUIRE(all[i] == 7);
+      };
+      test::values const sevens(static_cast<std::size_t>(rows * width), 7.0);
+      for (bool with_up : {true, false}) {
+        auto const y = test::upload<T>(sevens, rows, width), d_gate = test::upload<T>(sevens, rows, width),
+                   d_up = test::upload<T>(sevens, rows, width);
+        view<test::test_space, T, dyn, dyn> const other = with_up ? u.as_view() : view<test::test_space, T, dyn, dyn>{},
+                                                  d_other = with_up ? d_up.as_view() : other;
+        gated_activation::forward<activation::silu>(make_policy(), g, other, y.as_view(), row_count);
+        check(y, run<activation::silu, T>(gate, with_up ? up : test::values{}, rows, width), "y");
+        gated_activation::backward<activation::silu, test_policy, T>(
+            make_policy(), {.gate = g, .up = other, .d_y = dy, .row_count = row_count},
+            {.d_gate = d_gate, .d_up = d_other});
+        auto const expected = run_backward<activation::silu, T>(gate, with_up ? up : test::values{}, d_y, rows, width);
+        check(d_gate, expected.d_gate, "d_gate");
+        if (with_up) check(d_up, expected.d_up, "d_up");
+      }
+    }
+}
 TEST_CASE_TEMPLATE("gated_activation: the same bits in every run, for any number of threads", P, test_policy) {
   std::int64_t const rows = 100, width = 333;
   auto const gate = test::random_normal(rows * width, 1);
@@ -249,4 +287,8 @@ TEST_CASE("gated_activation: shapes that disagree are named") {
           gated_activation::backward<activation::silu, test_policy, float>(
               make_policy(), {.gate = x, .up = x, .d_y = x}, {.d_gate = x});
         }) == "gated_activation.backward: d_up: got no view, expected a view, as up");
+  auto const counts = zeros<std::int64_t>(make_policy(), 2);
+  CHECK(test::message_of<shape_error>([&] {
+          gated_activation::forward<activation::silu>(make_policy(), x, x, x.as_view(), counts);
+        }) == "gated_activation: row_count: got (2), expected (1)");
 }

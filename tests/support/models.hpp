@@ -30,6 +30,15 @@ using tiny_parallel = blackmamba::language_model<
     tiny,
     blackmamba::repeat<2, blackmamba::parallel<blackmamba::rms_norm, blackmamba::mamba<tiny>,
                                                blackmamba::moe<tiny, blackmamba::top_k<2, blackmamba::no_balance>>>>>;
+/// Experts that take half of a balanced load: every second token or more finds no place.
+using tiny_dropping = blackmamba::language_model<
+    tiny,
+    blackmamba::repeat<
+        2, blackmamba::stack<
+               blackmamba::prenorm<blackmamba::rms_norm, blackmamba::mamba<tiny>>,
+               blackmamba::prenorm<blackmamba::rms_norm,
+                                   blackmamba::moe<tiny, blackmamba::top_k<1, blackmamba::no_balance,
+                                                                           blackmamba::gate_function::sigmoid, 50>>>>>>;
 
 using tokens = blackmamba::tensor<blackmamba::space::host, std::int32_t, blackmamba::dyn, blackmamba::dyn>;
 

@@ -22,27 +22,27 @@ using plain_gelu = hidden_activation<activation::gelu, false>;
 
 namespace detail {
 
-/// The activation on the first product's output h (rows, d_ff or 2 d_ff).
+/// The activation on the first product's output h (rows, d_ff or 2 d_ff), of all rows or of the first row_count.
 template <class Activation, device_policy P, storage T>
 void activate(P const& policy, view<typename P::memory_space, T, dyn, dyn> h, int d_ff,
-              view<typename P::memory_space, T, dyn, dyn> y) {
+              view<typename P::memory_space, T, dyn, dyn> y, in<P, std::int64_t, dyn> row_count = {}) {
   if constexpr (Activation::gated)
-    gated_activation::forward<typename Activation::function, P, T>(policy, h.columns(0, d_ff), h.columns(d_ff, d_ff),
-                                                                   y);
+    gated_activation::forward<typename Activation::function, P, T>(policy, h.columns(0, d_ff), h.columns(d_ff, d_ff), y,
+                                                                   row_count);
   else
-    gated_activation::forward<typename Activation::function, P, T>(policy, h, {}, y);
+    gated_activation::forward<typename Activation::function, P, T>(policy, h, {}, y, row_count);
 }
 template <class Activation, device_policy P, storage T>
 void activate_backward(P const& policy, view<typename P::memory_space, T, dyn, dyn> h, int d_ff,
                        view<typename P::memory_space, T, dyn, dyn> d_y,
-                       view<typename P::memory_space, T, dyn, dyn> d_h) {
+                       view<typename P::memory_space, T, dyn, dyn> d_h, in<P, std::int64_t, dyn> row_count = {}) {
   if constexpr (Activation::gated)
     gated_activation::backward<typename Activation::function, P, T>(
-        policy, {.gate = h.columns(0, d_ff), .up = h.columns(d_ff, d_ff), .d_y = d_y},
+        policy, {.gate = h.columns(0, d_ff), .up = h.columns(d_ff, d_ff), .d_y = d_y, .row_count = row_count},
         {.d_gate = d_h.columns(0, d_ff), .d_up = d_h.columns(d_ff, d_ff)});
   else
-    gated_activation::backward<typename Activation::function, P, T>(policy, {.gate = h, .up = {}, .d_y = d_y},
-                                                                    {.d_gate = d_h, .d_up = {}});
+    gated_activation::backward<typename Activation::function, P, T>(
+        policy, {.gate = h, .up = {}, .d_y = d_y, .row_count = row_count}, {.d_gate = d_h, .d_up = {}});
 }
 
 }  // namespace detail

@@ -121,7 +121,7 @@ struct moe : stateless {
     expert_dispatch::permute(c.policy, routing<P>(keep), x, keep.permuted);
     grouped_linear::forward(
         c.policy, {.x = keep.permuted, .weight = p.fc1, .offsets = keep.offsets, .bias = p.fc1_bias}, keep.h);
-    detail::activate<Activation, P, T>(c.policy, keep.h, d_ff, keep.activated);
+    detail::activate<Activation, P, T>(c.policy, keep.h, d_ff, keep.activated, keep.offsets.slice(experts, 1));
     grouped_linear::forward(
         c.policy, {.x = keep.activated, .weight = p.fc2, .offsets = keep.offsets, .bias = p.fc2_bias}, keep.expert_out);
     expert_dispatch::combine(c.policy, routing<P>(keep), keep.expert_out, keep.gate, y);
@@ -144,7 +144,8 @@ struct moe : stateless {
     grouped_linear::backward<P, T>(
         c.policy, {.x = keep.activated, .weight = p.fc2, .offsets = keep.offsets, .d_y = d_rows},
         {.d_x = d_activated, .d_weight = d.fc2, .d_bias = d.fc2_bias});
-    detail::activate_backward<Activation, P, T>(c.policy, keep.h, d_ff, d_activated, d_h);
+    detail::activate_backward<Activation, P, T>(c.policy, keep.h, d_ff, d_activated, d_h,
+                                                keep.offsets.slice(experts, 1));
     grouped_linear::backward<P, T>(c.policy,
                                    {.x = keep.permuted, .weight = p.fc1, .offsets = keep.offsets, .d_y = d_h},
                                    {.d_x = d_rows, .d_weight = d.fc1, .d_bias = d.fc1_bias});

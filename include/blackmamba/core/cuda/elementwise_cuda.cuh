@@ -37,6 +37,8 @@ template <int N, int Tiles, class Op>
 __global__ void __launch_bounds__(256)
     element_tiles(Op op, std::int64_t rows, std::int64_t width, std::uint32_t column_tiles, std::uint32_t tiles) {
   using operands = decltype(op.template load<N>(std::int64_t{}, std::int64_t{}, std::int64_t{}));
+  if constexpr (requires { op.row_count; })
+    if (op.row_count != nullptr) rows = *op.row_count < rows ? *op.row_count : rows;
   operands x[Tiles];
   std::int64_t row[Tiles], column[Tiles];
   bool live[Tiles];
@@ -61,7 +63,8 @@ __global__ void __launch_bounds__(256)
 
 /// Calls op for packs of N columns of rows x width: operands = op.load<N>(r, c, left), then op.finish<N>(operands, r,
 /// c, left), where `left` is how many columns of the row begin at c. A thread's loads come before its results: results
-/// may alias operands element by element.
+/// may alias operands element by element. Where op.row_count exists and is not null, rows from *op.row_count on, a
+/// number in the device's memory, are left out.
 template <int N, int TilesOfAThread = 2, class Op>
 void launch_elements(char const* name, device::cuda const& policy, std::int64_t rows, std::int64_t width,
                      Op const& op) {
@@ -83,15 +86,23 @@ struct element_shape {
   bool packs;
 
   template <class View, class... Views>
-  explicit element_shape(View const& first, Views const&... others) : rows(first.extent(0)), width(first.extent(1)) {
-    if (gapless(first) && (gapless(others) && ...)) {
+  explicit element_shape(View const& first, Views const&... others) : element_shape(true, first, others...) {}
+  /// As they are.
+  template <class View, class... Views>
+  static element_shape row_by_row(View const& first, Views const&... others) {
+    return element_shape(false, first, others...);
+  }
+
+ private:
+  template <class View, class... Views>
+  explicit element_shape(bool joined, View const& first, Views const&... others)
+      : rows(first.extent(0)), width(first.extent(1)) {
+    if (joined && gapless(first) && (gapless(others) && ...)) {
       width *= rows;
       rows = 1;
     }
     packs = aligned(first) && (aligned(others) && ...);
   }
-
- private:
   template <class View>
   static bool gapless(View const& x) {
     return !x.present() || x.contiguous();

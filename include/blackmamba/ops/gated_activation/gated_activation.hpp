@@ -5,6 +5,7 @@
 #include <blackmamba/core/policy.hpp>
 
 #include <concepts>
+#include <cstdint>
 #include <type_traits>
 
 #if BLACKMAMBA_CUDA  // with simd packs, these templates are host functions alone, as is meant
@@ -73,24 +74,29 @@ concept activation_function = requires(float x) {
 /// Gated linear units (Shazeer, arXiv 2002.05202, eq. 5 and 6): y = act(gate) up, element by element; y = act(gate)
 /// where `up` is absent. SwiGLU is silu with up, GEGLU gelu with up.
 ///
-/// Arithmetic in accum_t<T>. gate, up and y may be halves of one projection. Bitwise repeatable, independent of the
-/// number of threads. Asynchronous on cuda. No scratch.
+/// Arithmetic in accum_t<T>. gate, up and y may be halves of one projection. With a row_count (1), as a plan of experts
+/// has it in the policy's memory, rows from there on are free: they are neither read nor written. Bitwise repeatable,
+/// independent of the number of threads. Asynchronous on cuda. No scratch.
 struct gated_activation {
   /// gate, up (optional), y: (R, D). y may alias gate or up.
   template <class Activation, device_policy P, storage T>
-  static void forward(P const& policy, in<P, T, dyn, dyn> gate, in<P, T, dyn, dyn> up, out<P, T, dyn, dyn> y) {
+  static void forward(P const& policy, in<P, T, dyn, dyn> gate, in<P, T, dyn, dyn> up, out<P, T, dyn, dyn> y,
+                      in<P, std::int64_t, dyn> row_count = {}) {
     check_activation<Activation>();
     auto const rows = y.extent(0), width = y.extent(1);
     check_shape("gated_activation", "gate", gate, {rows, width});
     check_optional_shape("gated_activation", "up", up, {rows, width});
-    if (y.size() > 0) backend_of<gated_activation, P>::forward(policy, std::type_identity<Activation>{}, gate, up, y);
+    check_optional_shape("gated_activation", "row_count", row_count, {1});
+    if (y.size() > 0)
+      backend_of<gated_activation, P>::forward(policy, std::type_identity<Activation>{}, gate, up, y, row_count);
   }
 
   template <device_policy P, storage T>
   struct gradient_inputs {
-    in<P, T, dyn, dyn> gate;  // (R, D)
-    in<P, T, dyn, dyn> up;    // (R, D)  absent where forward's was
-    in<P, T, dyn, dyn> d_y;   // (R, D)
+    in<P, T, dyn, dyn> gate;                  // (R, D)
+    in<P, T, dyn, dyn> up;                    // (R, D)  absent where forward's was
+    in<P, T, dyn, dyn> d_y;                   // (R, D)
+    in<P, std::int64_t, dyn> row_count = {};  // (1)     optional
   };
   template <device_policy P, storage T>
   struct gradients {
@@ -107,6 +113,7 @@ struct gated_activation {
     check_shape("gated_activation.backward", "d_y", in.d_y, {rows, width});
     check_optional_shape("gated_activation.backward", "up", in.up, {rows, width});
     check_optional_shape("gated_activation.backward", "d_up", out.d_up, {rows, width});
+    check_optional_shape("gated_activation.backward", "row_count", in.row_count, {1});
     check_that(in.up.present() == out.d_up.present(), "gated_activation.backward", "d_up",
                out.d_up.present() ? "a view" : "no view", in.up.present() ? "a view, as up" : "no view, as up");
     if (out.d_gate.size() > 0)

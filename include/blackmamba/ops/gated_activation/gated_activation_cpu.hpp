@@ -12,9 +12,10 @@ template <>
 struct backend<gated_activation, device::cpu> {
   template <class Activation, class T>
   static void forward(device::cpu const& policy, std::type_identity<Activation>, host_view<T const, dyn, dyn> gate,
-                      host_view<T const, dyn, dyn> up, host_view<T, dyn, dyn> y) {
+                      host_view<T const, dyn, dyn> up, host_view<T, dyn, dyn> y,
+                      host_view<std::int64_t const, dyn> row_count) {
     using V = simd::pack<accum_t<T>>;
-    for_rows(policy, y.extent(0), y.extent(1), [&](std::int64_t r, std::int64_t next) {
+    for_rows(policy, rows_of(y.extent(0), row_count), y.extent(1), [&](std::int64_t r, std::int64_t next) {
       T const *g = gate.row(r), *u = row_if(up, r), *next_g = gate.row(next), *next_u = row_if(up, next);
       simd::for_packs<V::lanes>(y.extent(1), [&](std::int64_t i, auto lanes) {
         simd::prefetch(next_g + i);
@@ -34,7 +35,7 @@ struct backend<gated_activation, device::cpu> {
                        gated_activation::gradients<device::cpu, T> const& out) {
     using V = simd::pack<accum_t<T>>;
     std::int64_t const width = in.gate.extent(1);
-    for_rows(policy, in.gate.extent(0), width, [&](std::int64_t r, std::int64_t next) {
+    for_rows(policy, rows_of(in.gate.extent(0), in.row_count), width, [&](std::int64_t r, std::int64_t next) {
       T const *g = in.gate.row(r), *u = row_if(in.up, r), *d_y = in.d_y.row(r);
       T const *next_g = in.gate.row(next), *next_u = row_if(in.up, next), *next_d_y = in.d_y.row(next);
       simd::for_packs<V::lanes>(width, [&](std::int64_t i, auto lanes) {
@@ -54,6 +55,9 @@ struct backend<gated_activation, device::cpu> {
   }
 
  private:
+  static std::int64_t rows_of(std::int64_t rows, host_view<std::int64_t const, dyn> row_count) {
+    return row_count.present() ? std::min(rows, row_count(0)) : rows;
+  }
   /// Calls body(r, the row that comes after it) for each row.
   template <class Body>
   static void for_rows(device::cpu const& policy, std::int64_t rows, std::int64_t width, Body&& body) {

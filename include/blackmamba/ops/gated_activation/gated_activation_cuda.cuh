@@ -51,6 +51,7 @@ template <class Activation, class T>
 struct gated_activation_elements {
   view<space::device, T const, dyn, dyn> gate, up;  // up: may be absent
   view<space::device, T, dyn, dyn> y;
+  std::int64_t const* row_count;  // may be null
 
   template <int N>
   struct operands {
@@ -81,6 +82,7 @@ template <class Activation, class T>
 struct gated_activation_gradient_elements {
   view<space::device, T const, dyn, dyn> gate, up, d_y;  // up and d_up: may be absent
   view<space::device, T, dyn, dyn> d_gate, d_up;
+  std::int64_t const* row_count;  // may be null
 
   template <int N>
   struct operands {
@@ -125,20 +127,27 @@ struct backend<gated_activation, device::cuda> {
   template <class Activation, class T>
   static void forward(device::cuda const& policy, std::type_identity<Activation>,
                       view<space::device, T const, dyn, dyn> gate, view<space::device, T const, dyn, dyn> up,
-                      view<space::device, T, dyn, dyn> y) {
-    cuda::element_shape<cuda::pack_width<T>> const shape(y, gate, up);
-    cuda::launch_elements("gated_activation", policy, shape,
-                          detail::gated_activation_elements<Activation, T>{gate, up, y});
+                      view<space::device, T, dyn, dyn> y, view<space::device, std::int64_t const, dyn> row_count) {
+    cuda::launch_elements("gated_activation", policy, shape_of<T>(row_count.present(), y, gate, up),
+                          detail::gated_activation_elements<Activation, T>{gate, up, y, row_count.data()});
   }
 
   template <class Activation, class T>
   static void backward(device::cuda const& policy, std::type_identity<Activation>,
                        gated_activation::gradient_inputs<device::cuda, T> const& in,
                        gated_activation::gradients<device::cuda, T> const& out) {
-    cuda::element_shape<cuda::pack_width<T>> const shape(out.d_gate, out.d_up, in.gate, in.up, in.d_y);
-    cuda::launch_elements(
-        "gated_activation.backward", policy, shape,
-        detail::gated_activation_gradient_elements<Activation, T>{in.gate, in.up, in.d_y, out.d_gate, out.d_up});
+    cuda::launch_elements("gated_activation.backward", policy,
+                          shape_of<T>(in.row_count.present(), out.d_gate, out.d_up, in.gate, in.up, in.d_y),
+                          detail::gated_activation_gradient_elements<Activation, T>{in.gate, in.up, in.d_y, out.d_gate,
+                                                                                    out.d_up, in.row_count.data()});
+  }
+
+ private:
+  /// Rows that are counted on the device keep their own.
+  template <class T, class... Views>
+  static auto shape_of(bool counted, Views const&... views) {
+    using shape = cuda::element_shape<cuda::pack_width<T>>;
+    return counted ? shape::row_by_row(views...) : shape(views...);
   }
 };
 
