@@ -5,8 +5,8 @@
 using namespace blackmamba;
 
 TEST_CASE_TEMPLATE("add: equals its definition, in place and strided", T, STORAGE_TYPES) {
-  for (std::int64_t rows : {0, 1, 3, 130})
-    for (std::int64_t width : {1, 15, 16, 17, 64, 65, 2056}) {
+  for (std::int64_t rows : test::sizes({0, 1, 3, 130}))
+    for (std::int64_t width : test::sizes({1, 15, 16, 17, 64, 65, 2056})) {
       auto const a = test::rounded<T>(test::random_normal(rows * width, 1));
       auto const b = test::rounded<T>(test::random_normal(rows * width, 2));
       test::values sum(a.size());

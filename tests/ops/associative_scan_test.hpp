@@ -220,12 +220,12 @@ void check_modes(Operator op, std::int64_t batch, std::int64_t length, std::int6
 TEST_CASE_TEMPLATE("associative_scan: equals its definition at every length, for any operator", Operator, whole_sum,
                    matrix_product, concatenation, plain_sum) {
   for (std::int64_t rows : {0, 1, 3})
-    for (std::int64_t length : {0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 1024})
+    for (std::int64_t length : test::sizes({0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 1024}))
       check_modes(Operator{}, rows, length, 1);
-  for (std::int64_t length : {2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 20000})
+  for (std::int64_t length : test::sizes({2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 20000}))
     check_modes(Operator{}, 1, length, 1);
-  for (std::int64_t channels : {0, 2, 15, 16, 17, 255, 256, 300})
-    for (std::int64_t length : {0, 1, 7, 40}) check_modes(Operator{}, 2, length, channels);
+  for (std::int64_t channels : test::sizes({0, 2, 15, 16, 17, 255, 256, 300}))
+    for (std::int64_t length : test::sizes({0, 1, 7, 40})) check_modes(Operator{}, 2, length, channels);
   check_modes(Operator{}, 1, 600, 129);
   check_modes(Operator{}, 2, 9000, 3);
 }
@@ -292,7 +292,7 @@ TEST_CASE("associative_scan: what is read and written converts to the element an
 
 TEST_CASE(
     "associative_scan: in reverse it is the reversed row's scan, reversed; exclusive is inclusive, moved by one") {
-  for (std::int64_t length : {5, 16, 100, 8192, 20001}) {
+  for (std::int64_t length : test::sizes({5, 16, 100, 8192, 20001})) {
     auto const values = test::random_normal(length, 1);
     std::vector<float> x(values.begin(), values.end()), mirrored(values.rbegin(), values.rend());
     auto const check = [&](auto op) {

@@ -4,8 +4,9 @@ using namespace blackmamba;
 using namespace test::attention_problem;
 
 TEST_CASE_TEMPLATE("attention: equals its definition at every size and type", T, STORAGE_TYPES) {
-  for (std::int64_t length : {0, 1, 2, 17, 63, 64, 65, 130}) check_against_definition<T>(batch_of(2, length, 2, 1, 16));
-  for (std::int64_t head_dim : {2, 6, 30, 32, 64, 80, 96, 128, 254, 256})
+  for (std::int64_t length : test::sizes({0, 1, 2, 17, 63, 64, 65, 130}))
+    check_against_definition<T>(batch_of(2, length, 2, 1, 16));
+  for (std::int64_t head_dim : test::sizes({2, 6, 30, 32, 64, 80, 96, 128, 254, 256}))
     check_against_definition<T>(batch_of(1, 67, 1, 1, head_dim));
   for (auto [heads, kv_heads] : {std::pair{3, 3}, {4, 2}, {6, 1}})
     check_against_definition<T>(batch_of(2, 33, heads, kv_heads, 10));

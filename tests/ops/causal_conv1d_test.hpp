@@ -5,15 +5,15 @@ using namespace test::convolution_problem;
 using test::test_space;
 
 TEST_CASE_TEMPLATE("causal_conv1d: equals its definition at every size and type", T, STORAGE_TYPES) {
-  for (std::int64_t length : {0, 1, 2, 3, 63, 64, 65, 200})
-    for (std::int64_t channels : {1, 15, 16, 17, 70})
+  for (std::int64_t length : test::sizes({0, 1, 2, 3, 63, 64, 65, 200}))
+    for (std::int64_t channels : test::sizes({1, 15, 16, 17, 70}))
       for (std::int64_t taps : {2, 3, 4})
         for (int o = 0; o < 8; ++o)
           check_forward<T>(make<T>(2, length, channels, taps,
                                    {.bias = o % 2 == 1, .initial = o / 2 % 2 == 1, .silu = o / 4 == 1}));
 }
 TEST_CASE_TEMPLATE("causal_conv1d: gradients equal those of its definition at every size and type", T, STORAGE_TYPES) {
-  for (std::int64_t length : {0, 1, 2, 3, 64, 255, 256, 257, 258, 600})
+  for (std::int64_t length : test::sizes({0, 1, 2, 3, 64, 255, 256, 257, 258, 600}))
     for (std::int64_t channels : {1, 16, 70})
       for (std::int64_t taps : {2, 3, 4})
         for (bool all : {false, true})
@@ -42,7 +42,7 @@ TEST_CASE("causal_conv1d: gradients equal central differences") {
   };
   for (std::int64_t taps : {2, 3, 4})
     for (bool silu : {false, true}) {
-      for (std::int64_t length : {0, 1, 2, 3, 9}) check(make<double>(2, length, 3, taps, {.silu = silu}));
+      for (std::int64_t length : test::sizes({0, 1, 2, 3, 9})) check(make<double>(2, length, 3, taps, {.silu = silu}));
       check(make<double>(2, 5, 3, taps, {.bias = false, .initial = false, .silu = silu}));
       check(make<double>(1, 14, 3, taps, {.silu = silu, .offsets = {0, 0, 1, 3, 3, 6, 14, 14}}));
     }
@@ -142,7 +142,7 @@ TEST_CASE_TEMPLATE("causal_conv1d: a text in pieces gives the bits of the whole"
 TEST_CASE_TEMPLATE("causal_conv1d: step equals forward", T, STORAGE_TYPES) {
   std::int64_t const length = 6;
   for (std::int64_t batch : {0, 1, 3})
-    for (std::int64_t channels : {1, 16, 70, 200})
+    for (std::int64_t channels : test::sizes({1, 16, 70, 200}))
       for (std::int64_t taps : {2, 3, 4})
         for (bool all : {false, true}) {
           auto const p = make<T>(batch, length, channels, taps, {.bias = all, .silu = all});

@@ -98,8 +98,8 @@ test::values reference_combine(test::values const& row, test::values const& rows
 }  // namespace
 
 TEST_CASE("expert_dispatch: the plan equals its definition for random experts, without and with capacity") {
-  for (std::int64_t tokens : {0, 1, 2, 63, 64, 65, 1000, 4095, 4096, 4097, 9001})
-    for (std::int64_t experts : {1, 2, 8, 64})
+  for (std::int64_t tokens : test::sizes({0, 1, 2, 63, 64, 65, 1000, 4095, 4096, 4097, 9001}))
+    for (std::int64_t experts : test::sizes({1, 2, 8, 64}))
       for (std::int64_t k : {1, 2, 3}) {
         if (k > experts) continue;
         for (int without : {0, 20}) {
@@ -131,9 +131,9 @@ TEST_CASE("expert_dispatch: every pattern of tokens per expert") {
 }
 
 TEST_CASE_TEMPLATE("expert_dispatch: permute then combine is the identity, at every width and type", T, STORAGE_TYPES) {
-  for (std::int64_t tokens : {0, 1, 65, 300})
+  for (std::int64_t tokens : test::sizes({0, 1, 65, 300}))
     for (std::int64_t k : {1, 3})
-      for (std::int64_t width : {0, 1, 3, 16, 17, 64, 1472}) {
+      for (std::int64_t width : test::sizes({0, 1, 3, 16, 17, 64, 1472})) {
         if (tokens * width > 100000) continue;
         auto const expert = random_experts(tokens, k, 8, 5);
         auto const p = plan(expert, k, 8);

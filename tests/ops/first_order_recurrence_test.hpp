@@ -197,18 +197,18 @@ std::vector<std::int64_t> random_offsets(std::int64_t length, std::uint64_t seed
 
 TEST_CASE_TEMPLATE("first_order_recurrence: equals its definition at every length and type", T, STORAGE_TYPES) {
   for (bool reverse : {false, true})
-    for (std::int64_t length : {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100})
+    for (std::int64_t length : test::sizes({0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100}))
       for (std::int64_t rows : {0, 1, 3}) {
         check<T>({.batch = rows, .length = length, .reverse = reverse}, true);
         check<T>({.batch = rows, .length = length, .reverse = reverse, .with_initial = false}, true);
       }
   for (bool reverse : {false, true}) {
-    for (std::int64_t channels : {0, 1, 2, 7, 16, 17, 31, 256, 259})
-      for (std::int64_t length : {0, 1, 5, 40})
+    for (std::int64_t channels : test::sizes({0, 1, 2, 7, 16, 17, 31, 256, 259}))
+      for (std::int64_t length : test::sizes({0, 1, 5, 40}))
         check<T>({.batch = 2, .length = length, .channels = channels, .reverse = reverse}, false);
     check<T>({.batch = 1, .length = 20, .channels = 5, .reverse = reverse, .with_initial = false}, false);
     // More than one block.
-    for (std::int64_t length : {8191, 8192, 8193, 20000})
+    for (std::int64_t length : test::sizes({8191, 8192, 8193, 20000}))
       check<T>({.batch = 1, .length = length, .reverse = reverse}, true);
     check<T>({.batch = 2, .length = 300, .channels = 258, .reverse = reverse}, false);
     check<T>({.batch = 1, .length = 9000, .channels = 3, .reverse = reverse}, false);

@@ -166,8 +166,8 @@ std::vector<counts> const patterns = {{},
 TEST_CASE_TEMPLATE("grouped_linear: equals its definition for every pattern of groups and type", T, STORAGE_TYPES) {
   using A = accum_t<T>;
   for (auto const& count : patterns)
-    for (std::int64_t width : {0, 1, 17, 40})
-      for (std::int64_t outputs : {0, 1, 16, 51})
+    for (std::int64_t width : test::sizes({0, 1, 17, 40}))
+      for (std::int64_t outputs : test::sizes({0, 1, 16, 51}))
         for (std::int64_t spare : {0, 3})
           for (bool bias : {false, true}) {
             auto const p = problem::make<T>(count, width, outputs, spare, bias);

@@ -143,8 +143,8 @@ gradients reference_backward(problem const& p, result const& forward, test::valu
 
 TEST_CASE_TEMPLATE("layer_norm: equals its definition at every size and type", T, STORAGE_TYPES) {
   using A = accum_t<T>;
-  for (std::int64_t rows : {0, 1, 2, 3, 65})
-    for (std::int64_t width : {1, 2, 15, 16, 17, 64, 1472, 5004, 5008, 16388, 65536, 70001}) {
+  for (std::int64_t rows : test::sizes({0, 1, 2, 3, 65}))
+    for (std::int64_t width : test::sizes({1, 2, 15, 16, 17, 64, 1472, 5004, 5008, 16388, 65536, 70001})) {
       if (width > 5000 && rows != 2) continue;  // rows of many warps, rows that no block holds in registers
       auto p = random_problem(rows, width);
       p.x = test::rounded<T>(p.x);
@@ -174,8 +174,8 @@ TEST_CASE_TEMPLATE("layer_norm: equals its definition at every size and type", T
 
 TEST_CASE_TEMPLATE("layer_norm: backward equals its formulas at every type, where s is kept as it came and as a sum", T,
                    STORAGE_TYPES) {
-  for (std::int64_t rows : {0, 1, 3, 64, 129, 3000})
-    for (std::int64_t width : {1, 16, 17, 64, 300, 4100, 16388, 20001}) {
+  for (std::int64_t rows : test::sizes({0, 1, 3, 64, 129, 3000}))
+    for (std::int64_t width : test::sizes({1, 16, 17, 64, 300, 4100, 16388, 20001})) {
       // Rows that no block of threads holds in registers; more rows than blocks take at once.
       if (width > 4000 ? rows != 3 : rows == 3000 && width > 20) continue;
       auto p = random_problem(rows, width);

@@ -139,9 +139,9 @@ void check_backward(shape s, update d_x_update) {
 
 TEST_CASE_TEMPLATE("linear: equals its definition at every size and type", T, STORAGE_TYPES) {
   using A = accum_t<T>;
-  for (std::int64_t rows : {0, 1, 2, 3, 5, 8, 9, 65})
-    for (std::int64_t width : {0, 1, 10, 16, 17, 65})
-      for (std::int64_t outputs : {0, 1, 7, 16, 42, 65})
+  for (std::int64_t rows : test::sizes({0, 1, 2, 3, 5, 8, 9, 65}))
+    for (std::int64_t width : test::sizes({0, 1, 10, 16, 17, 65}))
+      for (std::int64_t outputs : test::sizes({0, 1, 7, 16, 42, 65}))
         for (bool bias : {false, true}) {
           check_forward<T>({rows, width, outputs}, bias);
           check_forward<T, A>({rows, width, outputs}, bias);
@@ -153,9 +153,9 @@ TEST_CASE_TEMPLATE("linear: equals its definition at every size and type", T, ST
 TEST_CASE_TEMPLATE("linear: gradients equal their definition at every size and type", T, STORAGE_TYPES) {
   using A = accum_t<T>;
   for (auto mode : {update::overwrite, update::accumulate}) {
-    for (std::int64_t rows : {0, 1, 3, 9, 65})
-      for (std::int64_t width : {0, 1, 10, 17, 65})
-        for (std::int64_t outputs : {0, 1, 16, 42}) {
+    for (std::int64_t rows : test::sizes({0, 1, 3, 9, 65}))
+      for (std::int64_t width : test::sizes({0, 1, 10, 17, 65}))
+        for (std::int64_t outputs : test::sizes({0, 1, 16, 42})) {
           check_backward<T>({rows, width, outputs}, mode);
           check_backward<T, A>({rows, width, outputs}, mode);
         }
@@ -166,7 +166,7 @@ TEST_CASE_TEMPLATE("linear: gradients equal their definition at every size and t
 TEST_CASE_TEMPLATE("linear: equals its definition where rows are aligned, over several tiles", T, bfloat16,
                    blackmamba::half) {
   using A = accum_t<T>;
-  for (std::int64_t rows : {1, 4, 16, 17, 130, 300})
+  for (std::int64_t rows : test::sizes({1, 4, 16, 17, 130, 300}))
     for (shape s : {shape{rows, 64, 264}, {rows, 200, 16}, {rows, 1032, 72}, {rows, 320, 8}})
       for (bool bias : {false, true}) {
         check_forward<T>(s, bias);
@@ -181,7 +181,7 @@ TEST_CASE_TEMPLATE("linear: equals its definition where rows are aligned, over s
 
 TEST_CASE_TEMPLATE("linear: a few outputs of many rows, as a router has them", T, STORAGE_TYPES) {
   using A = accum_t<T>;
-  for (std::int64_t outputs : {2, 8, 9, 64})
+  for (std::int64_t outputs : test::sizes({2, 8, 9, 64}))
     for (shape s : {shape{2500, 48, outputs}, {1100, 61, outputs}}) {
       check_forward<T, A>(s, true);
       check_backward<T, A>(s, update::overwrite);

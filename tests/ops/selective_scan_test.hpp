@@ -11,8 +11,8 @@ using namespace blackmamba;
 using namespace selective_scan_problem;
 
 TEST_CASE_TEMPLATE("selective_scan: equals its definition at every size and type", T, STORAGE_TYPES) {
-  for (std::int64_t length : {0, 1, 2, 31, 32, 33, 200})
-    for (std::int64_t channels : {1, 15, 16, 17, 40})
+  for (std::int64_t length : test::sizes({0, 1, 2, 31, 32, 33, 200}))
+    for (std::int64_t channels : test::sizes({1, 15, 16, 17, 40}))
       for (bool all : {false, true}) check_forward<T, 16>(make<T>(2, length, channels, 16, {.all = all}));
 }
 
@@ -55,7 +55,7 @@ TEST_CASE_TEMPLATE("selective_scan: gradients equal the chain rule at every type
 }
 
 TEST_CASE("selective_scan: gradients equal the chain rule at every size") {
-  for (std::int64_t length : {0, 1, 31, 32, 33, 1100})
+  for (std::int64_t length : test::sizes({0, 1, 31, 32, 33, 1100}))
     for (std::int64_t channels : {1, 17, 129}) check_backward<float, 3>(make<float>(2, length, channels, 3));
   options const packed{.offsets = {0, 1, 1, 3, 33, 65, 66, 200, 201, 202, 640, 640, 700}};
   check_backward<float, 3>(make<float>(1, 700, 17, 3, packed));
@@ -86,7 +86,7 @@ TEST_CASE("selective_scan: parameter gradients are added, and wanted where prese
 }
 
 TEST_CASE("selective_scan: in two calls as in one") {
-  for (std::int64_t split : {0, 1, 31, 32, 50, 99, 100}) {
+  for (std::int64_t split : test::sizes({0, 1, 31, 32, 50, 99, 100})) {
     auto const p = make<float>(1, 100, 19, 16);
     auto const whole = run<float, 16>(p);
     auto const first = run<float, 16>(steps_of(p, 0, split, p.initial));
@@ -138,7 +138,7 @@ TEST_CASE_TEMPLATE("selective_scan: sixteen bits in packs, in two calls as in on
   constexpr std::int64_t D = 40;
   auto const p = make<T>(1, 100, D, 16);
   auto const whole = run<T, 16>(p);
-  for (std::int64_t split : {1, 15, 16, 31, 32, 50, 99}) {
+  for (std::int64_t split : test::sizes({1, 15, 16, 31, 32, 50, 99})) {
     auto const first = run<T, 16>(steps_of(p, 0, split, p.initial));
     auto const second = run<T, 16>(steps_of(p, split, 100, first.final_state));
     test::check_equal(first.y, slice(whole.y, 0, split * D), "y of the first part");

@@ -148,8 +148,8 @@ double peak_load(problem const& p, test::values const& offset) {
 
 TEST_CASE_TEMPLATE("sinkhorn: reaches the tolerance at every size and spread, and reports the error that it reached", A,
                    float, double) {
-  for (std::int64_t rows : {1, 2, 7, 8, 63, 64, 65, 1023, 1025, 2500})
-    for (std::int64_t experts : {1, 2, 3, 8, 17, 64, 100}) {
+  for (std::int64_t rows : test::sizes({1, 2, 7, 8, 63, 64, 65, 1023, 1025, 2500}))
+    for (std::int64_t experts : test::sizes({1, 2, 3, 8, 17, 64, 100})) {
       if (rows * experts > 80000) continue;
       for (double spread : {0.3, 1.0, 4.0}) {
         auto p = normal_in<A>(rows, experts, spread, spread);
@@ -168,9 +168,9 @@ TEST_CASE_TEMPLATE("sinkhorn: reaches the tolerance at every size and spread, an
 }
 
 TEST_CASE("sinkhorn: few tokens with large logits, where fixed-point steps crawl") {
-  for (std::int64_t rows : {2, 3, 7, 31})
+  for (std::int64_t rows : test::sizes({2, 3, 7, 31}))
     for (std::int64_t experts : {2, 8, 16})
-      for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+      for (std::uint64_t seed = 1; seed <= test::trials(20); ++seed) {
         auto const p = normal_in<float>(rows, experts, 8, 8, seed);
         auto const r = run<float>(p);
         CHECK(r.report.passes <= 35);
@@ -217,7 +217,7 @@ TEST_CASE("sinkhorn: a number of passes fixed before is kept, and without Newton
 }
 
 TEST_CASE("sinkhorn: the plan's rows sum to 1/M and its columns to 1/E") {
-  for (std::int64_t rows : {1, 5, 64, 1500})
+  for (std::int64_t rows : test::sizes({1, 5, 64, 1500}))
     for (std::int64_t experts : {1, 3, 8}) {
       problem p = normal(rows, experts, 2, 2);
       p.options.tolerance = 1e-10;
@@ -321,7 +321,7 @@ TEST_CASE("sinkhorn: the selection is balanced afterwards") {
 
 TEST_CASE("sinkhorn: rows whose sample misleads Newton's step do not keep it from the solution") {
   // Every eighth block of 4, 8, 16 or 32 rows belongs to one expert alone.
-  for (std::int64_t block : {4, 8, 16, 32}) {
+  for (std::int64_t block : test::sizes({4, 8, 16, 32})) {
     auto p = normal_in<float>(16384, 8, 1, 1);
     for (std::int64_t i = 0; i < p.rows; ++i)
       if (i / block % 8 == 0) p.logits[at(8 * i + i / block / 8 % 2)] += 30;
@@ -370,7 +370,7 @@ TEST_CASE("sinkhorn: rows that are not finite have no vote, and are counted") {
 
 TEST_CASE_TEMPLATE("sinkhorn: reference and ones equal the published loop", A, float, double) {
   for (bool ones : {false, true})
-    for (std::int64_t rows : {1, 30, 1000, 2048})
+    for (std::int64_t rows : test::sizes({1, 30, 1000, 2048}))
       for (double spread : {0.3, 1.0, 2.0})
         for (double beta : {1.0, 2.0}) {
           auto p = normal_in<A>(rows, 8, spread, spread);
@@ -461,7 +461,7 @@ TEST_CASE("sinkhorn: the safeguard around Newton's step, its damping, and the eq
   double const far[] = {0, -3, 5};
   CHECK(math::sinkhorn_damping(3, far, 8) == 1);
   CHECK(math::sinkhorn_damping(3, far, 2) == doctest::Approx((2 + std::log(7)) / 8));
-  for (std::int64_t n : {1, 2, 5, 8}) {
+  for (std::int64_t n : test::sizes({1, 2, 5, 8})) {
     test::values s(at(n * n)), step = test::random_normal(n, 1);
     for (std::int64_t j = 0; j < n; ++j)
       for (std::int64_t k = 0; k < j; ++k) {

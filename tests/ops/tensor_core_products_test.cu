@@ -20,7 +20,7 @@ struct portable {
   explicit portable(bool value) { cuda::portable_products = value; }
   portable(portable const&) = delete;
   portable& operator=(portable const&) = delete;
-  ~portable() { cuda::portable_products = false; }
+  ~portable() { cuda::portable_products = products_portable; }
 };
 
 struct grouped_problem {

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <limits>
 #include <string>
 #include <vector>
@@ -56,15 +57,24 @@ inline std::int64_t random_integer(std::uint64_t seed, std::uint64_t i, std::int
          static_cast<std::int64_t>(blackmamba::philox(seed, 9).bits(i) % static_cast<std::uint64_t>(high - low + 1));
 }
 
-/// How many of a property test's random problems this run goes through: all of them, or the share, in per cent, that
-/// the environment's BLACKMAMBA_TEST_TRIALS_PERCENT says, for tools under which a program runs many times longer.
-inline std::uint64_t trials(std::uint64_t all) {
+/// The environment's BLACKMAMBA_TEST_TRIALS_PERCENT, 1 to 100: for tools under which a program runs many times longer.
+inline std::uint64_t trials_percent() {
   char const* const percent = std::getenv("BLACKMAMBA_TEST_TRIALS_PERCENT");
-  if (percent == nullptr) return all;
+  if (percent == nullptr) return 100;
   int const share = std::atoi(percent);
   bool const valid = share >= 1 && share <= 100;
   REQUIRE_MESSAGE(valid, "BLACKMAMBA_TEST_TRIALS_PERCENT is \"" << percent << "\"; expected 1 to 100");
-  return (all * static_cast<std::uint64_t>(share) + 99) / 100;
+  return static_cast<std::uint64_t>(share);
+}
+/// How many of a test's random problems or equal steps this run goes through: all of them, or the share asked for.
+inline std::uint64_t trials(std::uint64_t all) { return (all * trials_percent() + 99) / 100; }
+/// The sizes of a loop: all of them; of four and more the first, the middle one and the last where less than a tenth of
+/// the problems is asked for.
+template <class T>
+std::vector<T> sizes(std::initializer_list<T> all) {
+  std::vector<T> const v = all;
+  if (trials_percent() >= 10 || v.size() < 4) return v;
+  return {v.front(), v[v.size() / 2], v.back()};
 }
 
 /// The values as T in the policy's memory.

@@ -141,7 +141,8 @@ TEST_CASE("devices: 200 training steps give the same curve") {
   trainer a(host, learning);
   trainer b(accelerated, learning);
   double worst = 0;
-  for (std::int64_t k = 0; k < 200; ++k)
+  auto const steps = static_cast<std::int64_t>(test::trials(200));
+  for (std::int64_t k = 0; k < steps; ++k)
     worst = std::max(worst, std::abs(b.step(batch(k)).loss - a.step(batch(k)).loss));
   CHECK(worst < 1e-3);
 }
@@ -164,10 +165,11 @@ TEST_CASE("devices: each continues the other's checkpoint") {
 }
 
 TEST_CASE_TEMPLATE("cuda: 50 training steps give the same bits twice, and recorded or not", T, bfloat16, float) {
-  auto const first = trained_bits<T>(50);
-  test::check_equal(trained_bits<T>(50), first, "again");
+  auto const steps = std::max<std::int64_t>(4, static_cast<std::int64_t>(test::trials(50)));
+  auto const first = trained_bits<T>(steps);
+  test::check_equal(trained_bits<T>(steps), first, "again");
   eagerly const each;
-  test::check_equal(trained_bits<T>(50), first, "launch by launch");
+  test::check_equal(trained_bits<T>(steps), first, "launch by launch");
 }
 
 TEST_CASE_TEMPLATE("cuda: recorded decoding gives the bits of launch by launch", T, bfloat16, float) {

@@ -17,9 +17,6 @@ namespace blackmamba::cuda {
 /// Scratch memory that a product may use: more of it means more ways to share a product among the multiprocessors.
 using gemm_workspace = view<space::device, std::byte, dyn>;
 
-/// Debugging: with true, products on the tensor cores take the path that every device has (sm_80 and later).
-inline bool portable_products = false;
-
 namespace detail {
 /// A B^T of 16-bit operands.
 template <transpose TransposeA, transpose TransposeB, class TA, class TB>
@@ -44,7 +41,7 @@ void gemm(char const* op, device::cuda const& policy, product<TA, TB, TC> x, gem
   auto const bytes = static_cast<std::size_t>(workspace.size());
   if constexpr (detail::rows_by_rows<TransposeA, TransposeB, TA, TB>)
     if (detail::narrow_product(op, policy, x)) return;
-  if (detail::library_product(op, policy, x, workspace.data(), bytes)) return;
+  if (!portable_products && detail::library_product(op, policy, x, workspace.data(), bytes)) return;
   if constexpr (tensor_core_operand<TA> && std::is_same_v<TA, TB> && std::is_same_v<TA, TC>)
     if (detail::tensor_core_product<TransposeA == transpose::no, TransposeB == transpose::yes>(op, policy, x)) return;
   // The library takes operands of one type only.

@@ -17,6 +17,10 @@ namespace blackmamba::cuda {
 /// and not by a later one. Set it before the first call; a graph capture fails with it.
 inline bool synchronise_each_launch = false;
 
+/// Debugging: with true, products are left neither to the library nor to the kernels that write through the copy engine
+/// of newer devices, whose stores initcheck does not see: they take the path that every device has (sm_80 and later).
+inline bool portable_products = false;
+
 namespace detail {
 
 template <int>  // a template may be defined in every translation unit
