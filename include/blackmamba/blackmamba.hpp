@@ -40,6 +40,7 @@
 #include <blackmamba/ops/cross_entropy/cross_entropy.hpp>
 #include <blackmamba/ops/embedding/embedding.hpp>
 #include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
+#include <blackmamba/ops/expert_mlp/expert_mlp.hpp>
 #include <blackmamba/ops/gated_activation/gated_activation.hpp>
 #include <blackmamba/ops/grouped_linear/grouped_linear.hpp>
 #include <blackmamba/ops/layer_norm/layer_norm.hpp>

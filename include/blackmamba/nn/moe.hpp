@@ -2,7 +2,7 @@
 #include <blackmamba/nn/balance.hpp>
 #include <blackmamba/nn/mlp.hpp>
 #include <blackmamba/nn/module.hpp>
-#include <blackmamba/ops/grouped_linear/grouped_linear.hpp>
+#include <blackmamba/ops/expert_mlp/expert_mlp.hpp>
 #include <blackmamba/ops/router/router.hpp>
 
 namespace blackmamba {
@@ -60,7 +60,7 @@ struct moe : stateless {
     view<S, std::int64_t, dyn> offsets;      // (E + 1)
     view<S, std::int32_t, dyn> source;       // (tokens k)
     view<S, std::int32_t, dyn> row;          // (tokens k)
-    view<S, T, dyn, dyn> permuted;           // (tokens k, d_model)
+    view<S, T, dyn, dyn> permuted;           // (tokens k, d_model)  these four only in training
     view<S, T, dyn, dyn> h;                  // (tokens k, d_fc1)
     view<S, T, dyn, dyn> activated;          // (tokens k, d_ff)
     view<S, T, dyn, dyn> expert_out;         // (tokens k, d_model)
@@ -114,42 +114,48 @@ struct moe : stateless {
     expert_dispatch::plan(c.policy, keep.expert, routing<P>(keep), capacity);
     if (c.training) balance::template after<P, A>(c, routing<P>(keep), p.balance_offset, k);
 
-    keep.permuted = c.template allocate<T>(slots, d_model);
-    keep.h = c.template allocate<T>(slots, d_fc1);
-    keep.activated = c.template allocate<T>(slots, d_ff);
-    keep.expert_out = c.template allocate<T>(slots, d_model);
-    expert_dispatch::permute(c.policy, routing<P>(keep), x, keep.permuted);
-    grouped_linear::forward(
-        c.policy, {.x = keep.permuted, .weight = p.fc1, .offsets = keep.offsets, .bias = p.fc1_bias}, keep.h);
-    detail::activate<Activation, P, T>(c.policy, keep.h, d_ff, keep.activated, keep.offsets.slice(experts, 1));
-    grouped_linear::forward(
-        c.policy, {.x = keep.activated, .weight = p.fc2, .offsets = keep.offsets, .bias = p.fc2_bias}, keep.expert_out);
-    expert_dispatch::combine(c.policy, routing<P>(keep), keep.expert_out, keep.gate, y);
+    if (c.training) {
+      keep.permuted = c.template allocate<T>(slots, d_model);
+      keep.h = c.template allocate<T>(slots, d_fc1);
+      keep.activated = c.template allocate<T>(slots, d_ff);
+      keep.expert_out = c.template allocate<T>(slots, d_model);
+    }
+    expert_mlp::forward<Activation, P, T>(
+        c.policy,
+        {.x = x,
+         .gate = keep.gate,
+         .plan = routing<P>(keep),
+         .fc1 = p.fc1,
+         .fc2 = p.fc2,
+         .fc1_bias = p.fc1_bias,
+         .fc2_bias = p.fc2_bias},
+        y, {.permuted = keep.permuted, .h = keep.h, .activated = keep.activated, .rows = keep.expert_out});
   }
 
   template <device_policy P, storage T, class S>
   static void backward(context<P> const& c, parameters<S, T> const& p, saved<S, T> const& keep, in<P, T, dyn, dyn> d_y,
                        out<P, T, dyn, dyn> d_x, parameters<S, accum_t<T>> const& d) {
     using A = accum_t<T>;
-    auto const tokens = d_y.extent(0), slots = tokens * k;
+    auto const tokens = d_y.extent(0);
     auto const scope = c.scope();
-    auto const d_rows = c.template allocate<T>(slots, d_model);  // of the experts' output, then of their input
     auto const d_gate = c.template allocate<A>(tokens, k);
-    auto const d_activated = c.template allocate<T>(slots, d_ff);
-    auto const d_h = c.template allocate<T>(slots, d_fc1);
     auto const d_logits = c.template allocate<A>(tokens, experts);
-    expert_dispatch::combine_backward<P, T>(c.policy, routing<P>(keep),
-                                            {.rows = keep.expert_out, .gate = keep.gate, .d_y = d_y},
-                                            {.d_rows = d_rows, .d_gate = d_gate});
-    grouped_linear::backward<P, T>(
-        c.policy, {.x = keep.activated, .weight = p.fc2, .offsets = keep.offsets, .d_y = d_rows},
-        {.d_x = d_activated, .d_weight = d.fc2, .d_bias = d.fc2_bias});
-    detail::activate_backward<Activation, P, T>(c.policy, keep.h, d_ff, d_activated, d_h,
-                                                keep.offsets.slice(experts, 1));
-    grouped_linear::backward<P, T>(c.policy,
-                                   {.x = keep.permuted, .weight = p.fc1, .offsets = keep.offsets, .d_y = d_h},
-                                   {.d_x = d_rows, .d_weight = d.fc1, .d_bias = d.fc1_bias});
-    expert_dispatch::permute_backward(c.policy, routing<P>(keep), d_rows, d_x);
+    expert_mlp::backward<Activation, P, T>(c.policy,
+                                           {.gate = keep.gate,
+                                            .plan = routing<P>(keep),
+                                            .fc1 = p.fc1,
+                                            .fc2 = p.fc2,
+                                            .permuted = keep.permuted,
+                                            .h = keep.h,
+                                            .activated = keep.activated,
+                                            .rows = keep.expert_out,
+                                            .d_y = d_y},
+                                           {.d_x = d_x,
+                                            .d_gate = d_gate,
+                                            .d_fc1 = d.fc1,
+                                            .d_fc2 = d.fc2,
+                                            .d_fc1_bias = d.fc1_bias,
+                                            .d_fc2_bias = d.fc2_bias});
     router::backward<P, A>(c.policy, {.logits = keep.logits, .expert = keep.expert, .d_gate = d_gate}, d_logits,
                            Routing::gate);
     linear::backward<P, T, A>(c.policy, {.x = keep.hidden, .weight = p.router, .d_y = d_logits},

@@ -23,6 +23,9 @@ namespace mma {
 inline constexpr int rows = 128, columns = 256, depth = 64, threads = 256;
 inline constexpr int stage_bytes = (rows + columns) * depth * 2;
 inline constexpr int most_stages = 4;
+/// Columns of C that a tile has: gated units take two columns of the product for one.
+template <class Result>
+inline constexpr int result_columns = is_gated<Result> ? columns / 2 : columns;
 
 /// An operand's tile in shared memory, in 16-byte chunks that are permuted within 128 bytes so that the eight rows of a
 /// matrix lie in different banks. Along: the depth lies contiguous, a row is 64 deep; else a row is a step of the
@@ -61,6 +64,26 @@ struct operand_tile {
                     i * rows_apart < rows_left ? bytes : 0);
     }
   }
+  /// Of gated units, `half` rows after each other: 32 rows of gates and 32 of what they gate in turns.
+  template <class T>
+  __device__ __forceinline__ static void copy_gated(std::uint32_t to, T const* x, std::int64_t stride, int unit,
+                                                    std::int64_t from, std::int64_t half, std::int64_t p,
+                                                    std::int64_t p_end) {
+    static_assert(Along && rows_apart == 32);
+    int const chunk = static_cast<int>(threadIdx.x) % chunks, row = static_cast<int>(threadIdx.x) / chunks;
+    std::int64_t const column = p + chunk * 8, columns_left = p_end - column;
+    int const bytes = columns_left >= 8 ? 16 : columns_left > 0 ? static_cast<int>(columns_left) * 2 : 0;
+#pragma unroll 1
+    for (int i = 0; i < copies; ++i) {
+      std::int64_t const first = from + i / 2 * 32 + row;
+      T const* const source = x + (first + i % 2 * half) * stride + column;
+      bool const inside = first < half && bytes > 0;
+      if (unit == 16)
+        copy_async(to + offset(row + i * 32, chunk), inside ? source : x, inside ? bytes : 0);
+      else
+        copy_pieces(to + offset(row + i * 32, chunk), x, source, unit, inside ? bytes : 0);
+    }
+  }
 
  private:
   template <class T>
@@ -83,7 +106,7 @@ struct operand_tile {
 };
 
 /// Where a block is in its stream: tile and step of the depth. `every`: how many blocks share the tiles.
-template <int Rows>
+template <int Rows, int Columns>
 struct cursor {
   std::int64_t index, every, p;
   product_tile tile;
@@ -97,7 +120,7 @@ struct cursor {
   template <class Product>
   __device__ __forceinline__ void find(Product const& x) {
     // A tile without depth has nothing to add.
-    do valid = find_tile<Rows, columns>(x, index, tile);
+    do valid = find_tile<Rows, Columns>(x, index, tile);
     while (valid && tile.depth >= tile.depth_end && (index += every, true));
     p = tile.depth;
   }
@@ -206,10 +229,53 @@ __device__ __forceinline__ void store_fragments(float (&sum)[Tiles][4], TC* c, s
   }
 }
 
-/// AlongA, AlongB: whether the depth is what lies contiguous in A and B.
-template <class T, class TC, bool AlongA, bool AlongB>
+/// Stores 16 rows of a warp's gated units: sum[j] has the fragment of gates 8 j on, sum[4 + j] of what they gate.
+/// `wide`: two columns of C, and of `both`, lie in a word.
+template <class T, class Function>
+__device__ __forceinline__ void store_gated(float (&sum)[8][4], product<T, T, T, gated_units<Function, T>> const& x,
+                                            std::int64_t row, std::int64_t rows_left, std::int64_t column,
+                                            float const* bias, bool wide) {
+  int const lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4;
+  auto const& both = x.result;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    std::int64_t const at = column + 8 * j + lane % 4 * 2, left = x.n - at;
+    auto const store = [&](T* to, std::uint32_t w) {
+      if (wide && left >= 2) {
+        *reinterpret_cast<std::uint32_t*>(to) = w;
+      } else {
+        to[0].bits = static_cast<std::uint16_t>(w);
+        if (left >= 2) to[1].bits = static_cast<std::uint16_t>(w >> 16);
+      }
+    };
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      if (left <= 0 || r + 8 * high >= rows_left) continue;
+      std::int64_t const to = row + r + 8 * high;
+      float value[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          value[half][e] = sum[4 * half + j][2 * high + e] + (bias && e < left ? bias[half * x.n + at + e] : 0.0f);
+      std::uint32_t const gate = packed_pair<T>(value[0][0], value[0][1]),
+                          up = packed_pair<T>(value[1][0], value[1][1]);
+      if (both.both) {
+        store(both.both + to * both.both_stride + at, gate);
+        store(both.both + to * both.both_stride + x.n + at, up);
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        value[0][e] = Function::of(convert<float>(convert<T>(value[0][e])), convert<float>(convert<T>(value[1][e])));
+      store(x.c + to * x.ldc + at, packed_pair<T>(value[0][0], value[0][1]));
+    }
+  }
+}
+
+/// AlongA, AlongB: whether the depth is what lies contiguous in A and B. Result: as_is or gated_units.
+template <class T, class TC, bool AlongA, bool AlongB, class Result>
 __global__ void __launch_bounds__(mma::threads, 1)
-    mma_product(product<T, T, TC> x, int stages, int a_unit, int b_unit, bool wide) {
+    mma_product(product<T, T, TC, Result> x, int stages, int a_unit, int b_unit, bool wide) {
   using a_tile = mma::operand_tile<mma::rows, AlongA>;
   using b_tile = mma::operand_tile<mma::columns, AlongB>;
   constexpr std::uint32_t a_bytes = mma::rows * mma::depth * 2;
@@ -218,7 +284,7 @@ __global__ void __launch_bounds__(mma::threads, 1)
   int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int const warp_row = warp % 2 * 64, warp_column = warp / 2 * 64;
 
-  mma::cursor<mma::rows> ahead(x, blockIdx.x, gridDim.x);
+  mma::cursor<mma::rows, mma::result_columns<Result>> ahead(x, blockIdx.x, gridDim.x);
   auto now = ahead;
   int write = 0, read = 0;
   auto const fetch = [&] {
@@ -227,7 +293,10 @@ __global__ void __launch_bounds__(mma::threads, 1)
       auto const& t = ahead.tile;
       T const* const b = x.b + (x.groups.by == grouping::rows ? t.group * x.groups.b_apart : 0);
       a_tile::copy(stage, x.a, x.lda, a_unit, t.row, t.row_end, ahead.p, t.depth_end);
-      b_tile::copy(stage + a_bytes, b, x.ldb, b_unit, t.column, x.n, ahead.p, t.depth_end);
+      if constexpr (is_gated<Result>)
+        b_tile::copy_gated(stage + a_bytes, b, x.ldb, b_unit, t.column, x.n, ahead.p, t.depth_end);
+      else
+        b_tile::copy(stage + a_bytes, b, x.ldb, b_unit, t.column, x.n, ahead.p, t.depth_end);
       ahead.step(x);
     }
     commit_copies();  // an empty group where nothing is left: the count of groups stays one for each step
@@ -275,16 +344,25 @@ __global__ void __launch_bounds__(mma::threads, 1)
       }
       read = read + 1 == stages ? 0 : read + 1;
     }
-    std::int64_t const column = t.column + warp_column;
-    TC* const c = x.c + (x.groups.by == grouping::depth ? t.group * x.groups.c_apart : 0);
-    float const* const bias = x.bias ? x.bias + t.group * x.groups.bias_apart + column : nullptr;
-    if (column < x.n)
+    if constexpr (is_gated<Result>) {
+      float const* const bias = x.bias ? x.bias + t.group * x.groups.bias_apart : nullptr;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         std::int64_t const row = t.row + warp_row + 16 * i;
-        store_fragments<true>(sum[i], c + row * x.ldc + column, x.ldc, t.row_end - row, x.n - column, bias,
-                              x.mode == update::accumulate, wide);
+        store_gated(sum[i], x, row, t.row_end - row, t.column + warp_column / 2, bias, wide);
       }
+    } else {
+      std::int64_t const column = t.column + warp_column;
+      TC* const c = x.c + (x.groups.by == grouping::depth ? t.group * x.groups.c_apart : 0);
+      float const* const bias = x.bias ? x.bias + t.group * x.groups.bias_apart + column : nullptr;
+      if (column < x.n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          std::int64_t const row = t.row + warp_row + 16 * i;
+          store_fragments<true>(sum[i], c + row * x.ldc + column, x.ldc, t.row_end - row, x.n - column, bias,
+                                x.mode == update::accumulate, wide);
+        }
+    }
     now.next_tile(x);
   }
   wait_for_copies<0>();
@@ -307,16 +385,19 @@ bool stores_wide(TC const* c, std::int64_t stride, std::int64_t apart) {
 }
 
 /// Enqueues the product where there is a depth and the device has the instructions. False elsewhere.
-template <bool AlongA, bool AlongB, class T, class TC>
-bool mma_product_if_possible(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
+template <bool AlongA, bool AlongB, class T, class TC, class Result>
+bool mma_product_if_possible(char const* op, device::cuda const& policy, product<T, T, TC, Result> const& x) {
   auto const& device = properties();
   int const stages = std::min(mma::most_stages, device.shared_bytes_per_block / mma::stage_bytes);
   if (x.k <= 0 || device.major < 8 || stages < 2) return false;
-  std::int64_t const tiles = most_tiles<mma::rows, mma::columns>(x);
+  std::int64_t const tiles = most_tiles<mma::rows, mma::result_columns<Result>>(x);
+  bool wide = stores_wide(x.c, x.ldc, x.groups.c_apart);
+  if constexpr (is_gated<Result>)
+    wide = row_alignment(x.c, x.ldc, 0) >= 4 && row_alignment(x.result.both, x.result.both_stride, x.n) >= 4;
   auto const blocks = static_cast<unsigned>(std::min<std::int64_t>(tiles, device.multiprocessors));
   launch(op, policy, {blocks, mma::threads, static_cast<std::size_t>(stages * mma::stage_bytes)},
-         mma_product<T, TC, AlongA, AlongB>, x, stages, row_alignment(x.a, x.lda, 0),
-         row_alignment(x.b, x.ldb, x.groups.b_apart), stores_wide(x.c, x.ldc, x.groups.c_apart));
+         mma_product<T, TC, AlongA, AlongB, Result>, x, stages, row_alignment(x.a, x.lda, 0),
+         row_alignment(x.b, x.ldb, x.groups.b_apart), wide);
   return true;
 }
 

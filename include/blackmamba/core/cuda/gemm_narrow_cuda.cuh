@@ -22,6 +22,8 @@ namespace narrow {
 inline constexpr int tile = 16;     // rows of the operand that has many
 inline constexpr int depth = 32;    // of a step
 inline constexpr int unrolled = 4;  // steps whose loads are under way together
+template <class Result>
+inline constexpr int result_columns = is_gated<Result> ? tile / 2 : tile;  // of C, for a tile
 
 /// 16 bytes at p, or zeros. Volatile: loads stay ahead of the products in the program, so that they are under way
 /// together.
@@ -47,16 +49,23 @@ __device__ __forceinline__ uint4 stream_chunk(void const* p, bool inside) {
   return v;
 }
 
-/// sum[j] (16, 8) += rows of `many` times rows [8 j, 8 j + 8) of `few`, over the steps first, first + every, ... of the
-/// depth, of which each row has `steps`; k is a multiple of 8.
+/// Eight rows of the operand that has many, as far as there are so many left.
+template <class T>
+struct eight_rows {
+  T const* first;
+  std::int64_t left;
+};
+
+/// sum[j] (16, 8) += eight rows and eight more times rows [8 j, 8 j + 8) of `few`, over the steps first,
+/// first + every, ... of the depth; k is a multiple of 8.
 template <class T, int Across>
-__device__ __forceinline__ void add_steps(float (&sum)[Across][4], T const* many, std::int64_t many_stride,
-                                          std::int64_t many_rows, T const* few, std::int64_t few_stride,
+__device__ __forceinline__ void add_steps(float (&sum)[Across][4], eight_rows<T> front_rows, eight_rows<T> back_rows,
+                                          std::int64_t many_stride, T const* few, std::int64_t few_stride,
                                           std::int64_t few_rows, std::int64_t k, int first, int every) {
   int const lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, at = lane % 4 * 8;
-  bool const low = r < many_rows, high = r + 8 < many_rows;
-  T const* const low_row = many + (low ? r : 0) * many_stride + at;
-  T const* const high_row = many + (high ? r + 8 : 0) * many_stride + at;
+  bool const low = r < front_rows.left, high = r < back_rows.left;
+  T const* const low_row = front_rows.first + (low ? r : 0) * many_stride + at;
+  T const* const high_row = (high ? back_rows.first + r * many_stride : front_rows.first) + at;
   for (std::int64_t p = std::int64_t{first} * depth; p < k; p += std::int64_t{every} * depth * unrolled) {
     uint4 a[unrolled][2], b[unrolled][Across];
 #pragma unroll
@@ -87,49 +96,68 @@ __device__ __forceinline__ void add_steps(float (&sum)[Across][4], T const* many
 }  // namespace narrow
 
 /// Few rows of A (of each group), many of B: a block has 16 rows of B, its eight warps share the depth, and their sums
-/// are added in order. More rows of A than 8 Across go by turns.
-template <class T, class TC, int Across>
-__global__ void __launch_bounds__(256) narrow_rows_product(product<T, T, TC> x, unsigned tiles) {
-  constexpr int warps = 8, few = 8 * Across;
+/// are added in order. More rows of A than 8 Across go by turns. Result: as_is or gated_units.
+template <class T, class TC, int Across, class Result>
+__global__ void __launch_bounds__(256) narrow_rows_product(product<T, T, TC, Result> x, unsigned tiles) {
+  constexpr int warps = 8, few = 8 * Across, columns = narrow::result_columns<Result>;
   __shared__ float part[warps][narrow::tile][few + 1];
   int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  std::int64_t const group = blockIdx.x / tiles, column = std::int64_t{blockIdx.x % tiles} * narrow::tile;
+  std::int64_t const group = blockIdx.x / tiles, column = std::int64_t{blockIdx.x % tiles} * columns;
   bool const grouped = x.groups.by == grouping::rows;
   std::int64_t const begin = grouped ? x.groups.offsets[group] : 0, end = grouped ? x.groups.offsets[group + 1] : x.m;
   T const* const b = x.b + (grouped ? group * x.groups.b_apart : 0) + column * x.ldb;
   float const* const bias = x.bias ? x.bias + (grouped ? group * x.groups.bias_apart : 0) : nullptr;
+  std::int64_t const left = x.n - column;
+  narrow::eight_rows<T> const front{b, left};
+  narrow::eight_rows<T> const back =
+      is_gated<Result> ? narrow::eight_rows<T>{b + x.n * x.ldb, left} : narrow::eight_rows<T>{b + 8 * x.ldb, left - 8};
   for (std::int64_t row = begin; row < end; row += few) {
     float sum[Across][4] = {};
-    narrow::add_steps<T, Across>(sum, b, x.ldb, x.n - column, x.a + row * x.lda, x.lda, end - row, x.k, warp, warps);
+    narrow::add_steps<T, Across>(sum, front, back, x.ldb, x.a + row * x.lda, x.lda, end - row, x.k, warp, warps);
 #pragma unroll
     for (int j = 0; j < Across; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) part[warp][lane / 4 + e / 2 * 8][8 * j + lane % 4 * 2 + e % 2] = sum[j][e];
     __syncthreads();
-    int const i = static_cast<int>(threadIdx.x) % narrow::tile, j = static_cast<int>(threadIdx.x) / narrow::tile;
-    if (j < few && row + j < end && column + i < x.n) {
-      float total = bias ? bias[column + i] : 0.0f;
+    int const i = static_cast<int>(threadIdx.x) % columns, j = static_cast<int>(threadIdx.x) / columns;
+    if (j < few && row + j < end && i < left) {
+      auto const total = [&](int of, std::int64_t bias_at) {
+        float s = bias ? bias[bias_at] : 0.0f;
 #pragma unroll
-      for (int w = 0; w < warps; ++w) total += part[w][i][j];
+        for (int w = 0; w < warps; ++w) s += part[w][of][j];
+        return s;
+      };
       TC* const c = x.c + (row + j) * x.ldc + column + i;
-      *c = convert<TC>(x.mode == update::accumulate ? total + convert<float>(*c) : total);
+      if constexpr (is_gated<Result>) {
+        T const gate = convert<T>(total(i, column + i)), up = convert<T>(total(8 + i, x.n + column + i));
+        if (x.result.both) {
+          T* const both = x.result.both + (row + j) * x.result.both_stride + column + i;
+          both[0] = gate;
+          both[x.n] = up;
+        }
+        *c = convert<TC>(Result::function::of(convert<float>(gate), convert<float>(up)));
+      } else {
+        float const s = total(i, column + i);
+        *c = convert<TC>(x.mode == update::accumulate ? s + convert<float>(*c) : s);
+      }
     }
     __syncthreads();
   }
 }
 
 /// Enqueues C = A B^T where it is narrow and aligned. False elsewhere.
-template <class T, class TC>
-bool narrow_product(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
+template <class T, class TC, class Result>
+bool narrow_product(char const* op, device::cuda const& policy, product<T, T, TC, Result> const& x) {
   if (x.k <= 0 || x.k % 8 != 0 || row_alignment(x.a, x.lda, 0) < 16 ||
       row_alignment(x.b, x.ldb, x.groups.b_apart) < 16 || properties().major < 8)
     return false;
   bool const grouped = x.groups.by == grouping::rows;
   // However the rows fall on the groups, weights are read at most twice as often as if every group had sixteen.
   if (x.m <= (grouped ? 16 * x.groups.count : 8)) {
-    std::int64_t const tiles = (x.n + narrow::tile - 1) / narrow::tile;
+    constexpr int columns = narrow::result_columns<Result>;
+    std::int64_t const tiles = (x.n + columns - 1) / columns;
     grid const shape{blocks_for(x.groups.count * tiles, 1), 256};
-    auto* const kernel = x.m <= 8 ? narrow_rows_product<T, TC, 1> : narrow_rows_product<T, TC, 2>;
+    auto* const kernel = x.m <= 8 ? narrow_rows_product<T, TC, 1, Result> : narrow_rows_product<T, TC, 2, Result>;
     launch(op, policy, shape, kernel, x, static_cast<unsigned>(tiles));
     return true;
   }

@@ -1,5 +1,7 @@
 #pragma once
 #include <blackmamba/core/cuda/gemm_mma_cuda.cuh>
+#include <blackmamba/core/cuda/gemm_wgmma_gradient_cuda.cuh>
+#include <blackmamba/core/cuda/gemm_wgmma_result_cuda.cuh>
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/product_cuda.cuh>
 #include <blackmamba/core/cuda/tensor_map_cuda.cuh>
@@ -35,9 +37,8 @@ inline constexpr int producers = 128;               // threads of the warpgroup 
 inline constexpr int most_groups = 128;             // whose places are held in shared memory
 inline constexpr int block_bytes = 64 * depth * 2;  // of 64 rows of an operand in a stage
 inline constexpr int a_bytes = rows * depth * 2;
-inline constexpr int buffer_bytes = 2048, buffers = 2;  // of each warp, for results on their way out
 /// Of 384 threads with 168 registers each, the warpgroup that copies gives some to the two that multiply.
-inline constexpr int producer_registers = 40, consumer_registers = 232;
+inline constexpr int producer_registers = 24, consumer_registers = 240;
 
 /// Columns of a tile: 256, or 128 where that leaves most multiprocessors without a tile.
 template <int Columns>
@@ -47,13 +48,9 @@ struct shape {
   static constexpr int shared_bytes = stages * stage_bytes + 8 * buffers * buffer_bytes + 1024;
 };
 
-/// The descriptions of matrices, and the product for all else. by_engine: the copy engine stores C.
-template <class T, class TC>
-struct arguments {
-  CUtensorMap a, b, c;
-  product<T, T, TC> x;
-  bool wide, by_engine;
-};
+/// Columns of C that a tile has: gated units take two columns of the product for one.
+template <class Shape, class Result>
+inline constexpr int result_columns = is_gated<Result> ? Shape::columns / 2 : Shape::columns;
 
 /// Where the groups lie, in shared memory: group e has [begin[e], begin[e + 1]) and, by rows, the rows of tiles from
 /// first[e] on.
@@ -84,12 +81,12 @@ struct place {
 /// The index-th place, or the first one after it that has something to add, in steps of gridDim.x; false where there is
 /// none left. Bands of 16 tiles' rows, as tile_in_bands; by rows they go on from group to group. Where at most half of
 /// the blocks would have a tile in the last round, two share each of these, 64 rows each.
-template <class Shape, class Product>
+template <int Columns, class Product>
 __device__ __forceinline__ bool find(Product const& x, group_table const& groups, unsigned& index, place& t) {
   constexpr unsigned height = 16;
   bool const by_depth = x.groups.by == grouping::depth;
   unsigned const count = static_cast<unsigned>(x.groups.count);
-  unsigned const across = (static_cast<unsigned>(x.n) + Shape::columns - 1) / Shape::columns;
+  unsigned const across = (static_cast<unsigned>(x.n) + Columns - 1) / Columns;
   unsigned const down =
       by_depth ? (static_cast<unsigned>(x.m) + rows - 1) / rows : static_cast<unsigned>(groups.first[count]);
   unsigned const each = down * across, total = by_depth ? count * each : each, spare = total % gridDim.x;
@@ -104,7 +101,7 @@ __device__ __forceinline__ bool find(Product const& x, group_table const& groups
     unsigned const tall = down - band * height < height ? down - band * height : height;
     unsigned const j = inside / tall;
     int const i = static_cast<int>(band * height + inside - j * tall);
-    t.column = static_cast<int>(j * Shape::columns);
+    t.column = static_cast<int>(j * Columns);
     if (by_depth) {
       t.row = i * rows;
       t.row_end = min(t.row + rows, static_cast<int>(x.m));
@@ -132,15 +129,9 @@ struct ring {
   std::uint32_t full, free, end;
 };
 
-/// What those that multiply have to know of a tile; no steps: there are no more tiles. Written before the tile's first
-/// stage is announced, read before that stage is free: twice as many notes as stages suffice.
-struct alignas(16) note {
-  int row, row_end, column, group, steps, unused[3];
-};
-
 /// The thread that has the copy engine fill the ring, and fetch into the second-level cache what is to be added to.
-template <class Shape, bool AlongA, bool AlongB, class T, class TC>
-__device__ __forceinline__ void produce(arguments<T, TC> const& args, group_table const& groups, note* told,
+template <class Shape, bool AlongA, bool AlongB, class T, class TC, class Result>
+__device__ __forceinline__ void produce(arguments<T, TC, Result> const& args, group_table const& groups, note* told,
                                         std::uint32_t memory, ring const& at) {
   constexpr int c_boxes = Shape::columns * static_cast<int>(sizeof(TC)) / 128;  // across a tile
   auto const& x = args.x;
@@ -149,7 +140,7 @@ __device__ __forceinline__ void produce(arguments<T, TC> const& args, group_tabl
   int stage = 0, told_of = 0;
   std::uint32_t parity = 1;  // a new barrier's phase before the first counts as over
   unsigned index = blockIdx.x;
-  for (place t; find<Shape>(x, groups, index, t); index += gridDim.x) {
+  for (place t; find<result_columns<Shape, Result>>(x, groups, index, t); index += gridDim.x) {
     int const steps = t.steps(), group = by_depth ? 0 : t.group, own = by_depth ? t.group : 0;
     int const a_boxes = (t.row_end - t.row + 63) / 64;  // what has no rows nobody reads
     told[told_of % (2 * Shape::stages)] = {t.row, t.row_end, t.column, t.group, steps, {}};
@@ -166,7 +157,10 @@ __device__ __forceinline__ void produce(arguments<T, TC> const& args, group_tabl
       for (int i = 0; i < rows / 64; ++i)
         if (i < a_boxes)
           copy_box(a + i * block_bytes, &args.a, barrier, AlongA ? p : t.row + 64 * i, AlongA ? t.row + 64 * i : p, 0);
-      if constexpr (AlongB) {
+      if constexpr (is_gated<Result>) {
+        copy_box(b, &args.b, barrier, p, t.column, group);
+        copy_box(b + Shape::b_bytes / 2, &args.b, barrier, p, static_cast<int>(x.n) + t.column, group);
+      } else if constexpr (AlongB) {
         copy_box(b, &args.b, barrier, p, t.column, group);
       } else {
 #pragma unroll
@@ -198,7 +192,7 @@ __device__ __forceinline__ void clear_ends(Product const& x, group_table const& 
   int passed = 0;
   std::uint32_t parities = 0;
   unsigned index = blockIdx.x;
-  for (place t; find<Shape>(x, groups, index, t); index += gridDim.x) {
+  for (place t; find<Shape::columns>(x, groups, index, t); index += gridDim.x) {
     passed += t.steps();
     int const valid = (t.depth_end - t.depth) % depth;
     if (valid == 0) continue;
@@ -217,60 +211,39 @@ __device__ __forceinline__ void clear_ends(Product const& x, group_table const& 
   }
 }
 
-/// Has the copy engine store a warp's 16 rows of the result, or add them to C, through two buffers of 2048 bytes.
-template <class TC, int Tiles>
-__device__ __forceinline__ void copy_out(float (&sum)[Tiles][4], CUtensorMap const& map, std::uint32_t memory, int row,
-                                         int column, int group, int columns_left, bool add) {
-  constexpr int wide = 128 / sizeof(TC);  // columns of a buffer
+/// The warps that put zeros where a token has no row.
+template <class Product>
+__device__ __forceinline__ void clear_tokens(Product const& x, bool wide) {
+  auto const& r = x.result;
   int const lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (int i = 0; i < 8 * Tiles / wide; ++i) {
-    if (i * wide >= columns_left) break;
-    std::uint32_t const to = memory + i % buffers * buffer_bytes;
-    if (lane == 0) wait_for_copies_out<buffers - 1>();
-    __syncwarp();
-    if constexpr (sizeof(TC) == 2) {
-      int const r = lane % 16, chunk = lane / 16;
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        auto const& s = sum[8 * i + j];
-        auto const& next = sum[8 * i + j + 1];
-        std::uint32_t const w[4] = {packed_pair<TC>(s[0], s[1]), packed_pair<TC>(s[2], s[3]),
-                                    packed_pair<TC>(next[0], next[1]), packed_pair<TC>(next[2], next[3])};
-        store_matrices(to + static_cast<std::uint32_t>(r * 128 + ((j + chunk) ^ (r & 7)) * 16), w);
-      }
-    } else {
-      int const r = lane / 4, chunk = lane % 4 / 2;
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int high = 0; high < 2; ++high) {
-          int const at = (r + 8 * high) * 128 + ((2 * j + chunk) ^ r) * 16 + lane % 2 * 8;
-          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + at), "f"(sum[4 * i + j][2 * high]),
-                       "f"(sum[4 * i + j][2 * high + 1])
-                       : "memory");
-        }
-    }
-    publish_shared_writes();
-    __syncwarp();
-    if (lane == 0) {
-      if (sizeof(TC) == 4 && add)
-        add_box_out(&map, to, column + i * wide, row, group);
-      else
-        copy_box_out(&map, to, column + i * wide, row, group);
-      commit_copies_out();
+  std::int64_t const every = std::int64_t{gridDim.x} * (producers - 32);
+  for (std::int64_t first = std::int64_t{blockIdx.x} * (producers - 32) + threadIdx.x / 32 * 32 - 32; first < r.tokens;
+       first += every) {
+    unsigned without = __ballot_sync(0xffffffffu, first + lane < r.tokens && r.row[first + lane] < 0);
+    for (; without != 0; without &= without - 1) {
+      auto* const to = r.y + (first + __ffs(static_cast<int>(without)) - 1) * r.y_stride;
+      std::int64_t const whole = wide ? x.n / 8 : 0;
+      for (std::int64_t i = lane; i < whole; i += 32) reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+      for (std::int64_t i = 8 * whole + lane; i < x.n; i += 32) to[i].bits = 0;
     }
   }
 }
 
 /// A warpgroup that multiplies rows [64 part, 64 part + 64) of each tile.
-template <class Shape, bool AlongA, bool AlongB, class T, class TC>
-__device__ __forceinline__ void consume(arguments<T, TC> const& args, note const* told, std::uint32_t memory,
-                                        ring const& at, int part) {
+template <class Shape, bool AlongA, bool AlongB, class T, class TC, class Result>
+__device__ __forceinline__ void consume(arguments<T, TC, Result> const& args, note const* told, std::uint32_t memory,
+                                        ring const& at, std::uint32_t loaded, int part) {
   constexpr int tiles = Shape::columns / 8;
-  auto const& x = args.x;
   int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
   std::uint32_t const own = memory + Shape::stages * Shape::stage_bytes + (4 * part + warp) * buffers * buffer_bytes;
+  auto out = [&] {
+    if constexpr (is_gated_gradient<Result>)
+      return gradient_departure<tiles, T, Result>(args, own, loaded + 8 * (4 * part + warp));
+    else if constexpr (sizeof(TC) == 2)
+      return departure<tiles, T, Result>(args, own);
+    else
+      return no_departure<tiles, T, TC, Result>(args, own);
+  }();
   int stage = 0, told_of = 0;
   std::uint32_t parity = 0;
   auto const release = [&](int which) {
@@ -316,38 +289,22 @@ __device__ __forceinline__ void consume(arguments<T, TC> const& args, note const
       if (s > 0) release(last);
       last = stage;
       next_stage();
+      out.advance();
     }
     wait_for_warpgroup_products<0>();
     release(last);
-    int const row = t.row + 64 * part + 16 * warp, rows_left = t.row_end - row;
-    int const columns_left = static_cast<int>(x.n) - t.column, group = x.groups.by == grouping::depth ? t.group : 0;
-    float const* const bias = x.bias ? x.bias + t.group * x.groups.bias_apart + t.column : nullptr;
-    if (args.by_engine && rows_left >= 16) {
-      if (bias)
-#pragma unroll
-        for (int j = 0; j < tiles; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            int const column = 8 * j + lane % 4 * 2 + e;
-            float const plus = column < columns_left ? bias[column] : 0.0f;
-            sum[j][e] += plus;
-            sum[j][2 + e] += plus;
-          }
-      copy_out<TC>(sum, args.c, own, row, t.column, group, columns_left, x.mode == update::accumulate);
-    } else {
-      TC* const c = x.c + group * x.groups.c_apart + row * x.ldc + t.column;
-      store_fragments<sizeof(TC) == 4>(sum, c, x.ldc, rows_left, columns_left, bias, x.mode == update::accumulate,
-                                       args.wide);
-    }
+    out.finish();
+    out.take(sum, t, t.row + 64 * part + 16 * warp);
   }
+  out.finish();
   if (lane == 0) wait_for_copies_out<0, true>();
 }
 
 }  // namespace wgmma
 
-template <class Shape, bool AlongA, bool AlongB, class T, class TC>
+template <class Shape, bool AlongA, bool AlongB, class T, class TC, class Result>
 __global__ void __launch_bounds__(wgmma::threads, 1)
-    wgmma_product([[maybe_unused]] __grid_constant__ wgmma::arguments<T, TC> const args) {
+    wgmma_product([[maybe_unused]] __grid_constant__ wgmma::arguments<T, TC, Result> const args) {
   if constexpr (warpgroup_instructions) {
     // The host knows by the barriers' bytes that this program has the kernel's code.
     __shared__ alignas(8) std::uint64_t barriers[3 * Shape::stages];
@@ -356,6 +313,13 @@ __global__ void __launch_bounds__(wgmma::threads, 1)
     extern __shared__ unsigned char wgmma_memory[];
     unsigned char* const memory = wgmma_memory + (0u - shared_address(wgmma_memory)) % 1024;
     std::uint32_t const first = shared_address(barriers);
+    std::uint32_t loaded = 0;
+    if constexpr (is_gated_gradient<Result>) {
+      __shared__ alignas(8) std::uint64_t of_warps[8];
+      loaded = shared_address(of_warps);
+      if (threadIdx.x < 8) phase_barrier::init(loaded + 8 * threadIdx.x, 1);
+      if (threadIdx.x < 8) phase_barrier::publish_init();
+    }
     wgmma::ring const at{first, first + 8 * Shape::stages, first + 16 * Shape::stages};
     if (threadIdx.x == 0) {
       for (int s = 0; s < Shape::stages; ++s) {
@@ -372,61 +336,83 @@ __global__ void __launch_bounds__(wgmma::threads, 1)
         wgmma::produce<Shape, AlongA, AlongB>(args, groups, told, shared_address(memory), at);
       else if (!AlongA && !AlongB && args.x.groups.by == grouping::depth && threadIdx.x >= 32)
         wgmma::clear_ends<Shape>(args.x, groups, memory, at);
+      else if constexpr (goes_to_tokens<Result>) {
+        if (threadIdx.x >= 32) wgmma::clear_tokens(args.x, args.wide);
+      }
     } else {
       request_registers<wgmma::consumer_registers>();
-      wgmma::consume<Shape, AlongA, AlongB>(args, told, shared_address(memory), at,
+      wgmma::consume<Shape, AlongA, AlongB>(args, told, shared_address(memory), at, loaded,
                                             static_cast<int>(threadIdx.x) / 128 - 1);
     }
   }
 }
 
 /// Whether the current device is a Hopper and this program has the kernel's code for it.
-template <class Shape, bool AlongA, bool AlongB, class T, class TC>
+template <class Shape, bool AlongA, bool AlongB, class T, class TC, class Result>
 bool wgmma_product_exists() {
   if (properties().major != 9) return false;
   static bool const exists = [] {
     cudaFuncAttributes attributes{};
-    check("wgmma_product", cudaFuncGetAttributes(&attributes, wgmma_product<Shape, AlongA, AlongB, T, TC>));
+    check("wgmma_product", cudaFuncGetAttributes(&attributes, wgmma_product<Shape, AlongA, AlongB, T, TC, Result>));
     return attributes.sharedSizeBytes > 0;
   }();
   return exists;
 }
 
 /// Enqueues the product on a Hopper where the copy engine takes its operands. False elsewhere.
-template <bool AlongA, bool AlongB, class Shape, class T, class TC>
-bool wgmma_product_of_shape(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
-  if (x.k <= 0 || !wgmma_product_exists<Shape, AlongA, AlongB, T, TC>()) return false;
-  // The registers do not suffice for sums with 16-bit elements of C.
-  if (sizeof(TC) == 2 && x.mode == update::accumulate) return false;
+template <bool AlongA, bool AlongB, class Shape, class T, class TC, class Result>
+bool wgmma_product_of_shape(char const* op, device::cuda const& policy, product<T, T, TC, Result> const& x) {
+  static_assert(std::is_same_v<Result, as_is> ||
+                (AlongA && AlongB != is_gated_gradient<Result> && std::is_same_v<T, TC>));
+  if (x.k <= 0 || !wgmma_product_exists<Shape, AlongA, AlongB, T, TC, Result>()) return false;
   // An operand of one group that is cut along the depth must lie across, so that groups end between its rows.
   bool const by_depth = x.groups.by == grouping::depth;
   if (by_depth && (AlongA || AlongB)) return false;
-  std::int64_t const tiles = most_tiles<wgmma::rows, Shape::columns>(x);
+  // The registers do not suffice for sums with 16-bit elements of C.
+  if (sizeof(TC) == 2 && (by_depth || x.mode == update::accumulate)) return false;
+  constexpr int columns = wgmma::result_columns<Shape, Result>;
+  std::int64_t const tiles = most_tiles<wgmma::rows, columns>(x);
   if (x.groups.count > wgmma::most_groups || tiles >= std::int64_t{1} << 30) return false;
-  wgmma::arguments<T, TC> args{};
+  wgmma::arguments<T, TC, Result> args{};
   std::int64_t const count = x.groups.by == grouping::rows ? x.groups.count : 1;
   if (!describe_matrices(args.a, x.a, 1, AlongA ? x.m : x.k, AlongA ? x.k : x.m, x.lda, 0, 64) ||
-      !describe_matrices(args.b, x.b, count, AlongB ? x.n : x.k, AlongB ? x.k : x.n, x.ldb, x.groups.b_apart,
-                         AlongB ? Shape::columns : wgmma::depth))
+      !describe_matrices(args.b, x.b, count, AlongB ? (is_gated<Result> ? 2 : 1) * x.n : x.k, AlongB ? x.k : x.n, x.ldb,
+                         x.groups.b_apart, AlongB ? columns : wgmma::depth))
     return false;
   args.x = x;
-  args.by_engine = describe_matrices(args.c, x.c, by_depth ? x.groups.count : 1, x.m, x.n, x.ldc,
-                                     by_depth ? x.groups.c_apart : 0, 16);
+  if constexpr (is_gated_gradient<Result>) {
+    auto const& r = x.result;
+    if (!describe_matrices(args.both, r.both, 2, x.m, x.n, r.both_stride, x.n, 16) ||
+        !describe_matrices(args.c, r.d_both, 2, x.m, x.n, r.d_both_stride, x.n, 16))
+      return false;
+  }
+  args.by_engine = !x.c || describe_matrices(args.c, x.c, by_depth ? x.groups.count : 1, x.m, x.n, x.ldc,
+                                             by_depth ? x.groups.c_apart : 0, 16);
   args.wide = stores_wide(x.c, x.ldc, x.groups.c_apart);
+  if constexpr (is_gated<Result>) {
+    auto const& r = x.result;
+    if (!args.by_engine || (r.both && !describe_matrices(args.both, r.both, 2, x.m, x.n, r.both_stride, x.n, 16)))
+      return false;
+  }
+  if constexpr (goes_to_tokens<Result>) args.wide = args.wide && stores_wide(x.result.y, x.result.y_stride, 0);
   auto const blocks = static_cast<unsigned>(std::min<std::int64_t>(tiles, properties().multiprocessors));
-  launch(op, policy, {blocks, wgmma::threads, Shape::shared_bytes}, wgmma_product<Shape, AlongA, AlongB, T, TC>, args);
+  launch(op, policy, {blocks, wgmma::threads, Shape::shared_bytes}, wgmma_product<Shape, AlongA, AlongB, T, TC, Result>,
+         args);
   return true;
 }
 
-template <bool AlongA, bool AlongB, class T, class TC>
-bool wgmma_product_if_possible(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
-  // Narrower tiles where few tokens meet the groups of a layer.
-  if constexpr (AlongA && AlongB) {
-    std::int64_t const groups = std::max<std::int64_t>(x.groups.count, 1);
-    std::int64_t const down = groups * ((x.m / groups + wgmma::rows - 1) / wgmma::rows);
-    if (x.groups.by == grouping::rows && 2 * down * ((x.n + 255) / 256) <= properties().multiprocessors)
-      return wgmma_product_of_shape<AlongA, AlongB, wgmma::shape<128>>(op, policy, x);
-  }
+template <bool AlongA, bool AlongB, class T, class TC, class Result>
+bool wgmma_product_if_possible(char const* op, device::cuda const& policy, product<T, T, TC, Result> const& x) {
+  // Narrower tiles where few tokens meet the groups of a layer: reading B takes longer than multiplying with it, and
+  // goes on more evenly in smaller pieces; or where the wider ones would leave most multiprocessors without a tile.
+  if constexpr (AlongA && AlongB)
+    if (x.groups.by == grouping::rows) {
+      std::int64_t const groups = std::max<std::int64_t>(x.groups.count, 1), rows = x.m / groups;
+      std::int64_t const down = groups * ((rows + wgmma::rows - 1) / wgmma::rows);
+      std::int64_t const across = (x.n + 255) / 256 * (is_gated<Result> ? 2 : 1);
+      if (rows <= wgmma::rows || 2 * down * across <= properties().multiprocessors)
+        return wgmma_product_of_shape<AlongA, AlongB, wgmma::shape<128>>(op, policy, x);
+    }
   return wgmma_product_of_shape<AlongA, AlongB, wgmma::shape<256>>(op, policy, x);
 }
 

@@ -26,9 +26,56 @@ struct product_groups {
   std::int64_t c_apart = 0;     // by depth
 };
 
-/// C (m, n) = op(A) (m, k) op(B) (k, n) + bias (n), or C += it. Row strides lda, ldb, ldc in elements; bias may be
-/// null. An empty group of the depth leaves its C as it is.
-template <class TA, class TB, class TC>
+/// What becomes of a product: it is C.
+struct as_is {};
+
+/// It is (G U) (m, 2 n), for B and the bias have what belongs to G, then what belongs to U; each is rounded to C's
+/// type, and C (m, n) = Function::of(G, U), element by element. Where `both` is not null, (G U) is stored there too.
+template <class Function, class T>
+struct gated_units {
+  using function = Function;
+  T* both = nullptr;
+  std::int64_t both_stride = 0;
+};
+
+/// It is rounded to C's type; row r times gate[t] is row t = source[r] of y (tokens, n), and a token t with row[t] < 0
+/// has zeros there. Where C is not null, it gets the rows before that.
+template <class T>
+struct rows_to_tokens {
+  T* y = nullptr;
+  std::int64_t y_stride = 0, tokens = 0;
+  std::int32_t const *source = nullptr, *row = nullptr;
+  float const* gate = nullptr;
+  std::int64_t gate_apart = 0;
+};
+
+/// It is the gradient of gated units: rounded to C's type, it is multiplied by the derivatives of act(G) U at the
+/// (G U) (m, 2 n) of `both`: d_both (m, 2 n). There is no C.
+template <class Function, class T>
+struct gated_units_gradient {
+  using function = Function;
+  T const* both = nullptr;
+  std::int64_t both_stride = 0;
+  T* d_both = nullptr;
+  std::int64_t d_both_stride = 0;
+};
+
+template <class Result>
+inline constexpr bool is_gated = false;
+template <class Function, class T>
+inline constexpr bool is_gated<gated_units<Function, T>> = true;
+template <class Result>
+inline constexpr bool is_gated_gradient = false;
+template <class Function, class T>
+inline constexpr bool is_gated_gradient<gated_units_gradient<Function, T>> = true;
+template <class Result>
+inline constexpr bool goes_to_tokens = false;
+template <class T>
+inline constexpr bool goes_to_tokens<rows_to_tokens<T>> = true;
+
+/// C (m, n) = op(A) (m, k) op(B) (k, n) + bias (n), or C += it, or what Result makes of it. Row strides lda, ldb, ldc
+/// in elements; bias may be null. An empty group of the depth leaves its C as it is.
+template <class TA, class TB, class TC, class Result = as_is>
 struct product {
   transpose ta = transpose::no, tb = transpose::no;
   std::int64_t m, n, k;
@@ -41,6 +88,7 @@ struct product {
   update mode = update::overwrite;
   accum_t<TC> const* bias = nullptr;
   product_groups groups = {};
+  Result result = {};
 };
 
 namespace detail {

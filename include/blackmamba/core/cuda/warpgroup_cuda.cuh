@@ -130,6 +130,15 @@ __device__ __forceinline__ void store_matrices([[maybe_unused]] std::uint32_t ad
 #endif
 }
 
+/// Two of them, whose rows lanes 0 to 15 name.
+__device__ __forceinline__ void store_two_matrices([[maybe_unused]] std::uint32_t address,
+                                                   [[maybe_unused]] std::uint32_t const (&from)[2]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(from[0]), "r"(from[1])
+               : "memory");
+#endif
+}
+
 /// Gives registers of the calling warpgroup back, or asks for more.
 template <int Registers>
 __device__ __forceinline__ void release_registers() {

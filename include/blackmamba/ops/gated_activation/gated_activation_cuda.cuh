@@ -16,6 +16,21 @@ struct activation_for {
   __device__ __forceinline__ A derivative() const { return Activation::derivative(gate); }
 };
 
+/// SiLU for results of 16 bits: the exponential's argument comes with a rounding error that the exponential enlarges by
+/// |x|, at most 88, so that the relative error stays below 2^-16.
+template <class T>
+requires(sizeof(T) == 2) struct activation_for<activation::silu, T> {
+  float gate, sigmoid;
+  __device__ __forceinline__ explicit activation_for(float x) : gate(x) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.44269504f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1.0f + e));
+  }
+  __device__ __forceinline__ float value() const { return gate * sigmoid; }
+  /// s + x s (1 - s)
+  __device__ __forceinline__ float derivative() const { return math::fma(gate * sigmoid, 1.0f - sigmoid, sigmoid); }
+};
+
 /// GELU for results of 16 bits, where the float's would be half of the kernel: x Phi(x) = max(x, 0) - a Phi(-a) with
 /// a = |x|, and Phi(-a) = e^(-a^2 / 2) t P(t) with t = 1 / (1 + 0.362 a), where P is the polynomial of degree 6 whose
 /// relative error over 0 <= a <= 14 is smallest: 2^-20.3. With the rounding of the exponent, which grows with a^2, the
