@@ -347,10 +347,14 @@ TEST_CASE("adamw: how arrays are divided and aligned changes no bit") {
   straight.step(tail(gradient), 1, groups, o);
   on_device<float> shifted(start);
   auto const g = test::upload<float>(gradient, n + shift);
-  auto whole = shifted.with(g).slice(shift, n);
-  whole.copy = {};
-  whole.weight_decay = 0.1;
-  adamw::step<test_policy, float>(make_policy(), whole, {}, o);
+  auto const whole = shifted.with(g).slice(shift, n);
+  adamw::step(make_policy(),
+              {.parameter = whole.parameter,
+               .gradient = whole.gradient,
+               .first_moment = whole.first_moment,
+               .second_moment = whole.second_moment,
+               .weight_decay = 0.1},
+              {}, o);
   auto const after = shifted.values();
   check_same({tail(after.parameter), tail(after.first_moment), tail(after.second_moment)}, straight.values());
 }

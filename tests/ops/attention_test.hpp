@@ -449,8 +449,8 @@ TEST_CASE("attention: shapes that disagree are named") {
   auto d_q = test::poisoned<float>(1, 3, 4, 4);
   auto d_k = test::poisoned<float>(1, 3, 2, 4);
   CHECK(test::message_of<shape_error>([&] {
-          attention::backward<test_policy, float>(make_policy(), {.q = q, .k = k, .v = k, .y = q, .lse = lse, .d_y = q},
-                                                  {.d_q = d_q, .d_k = d_k, .d_v = d_k});
+          attention::backward(make_policy(), {.q = q, .k = k, .v = k, .y = q, .lse = lse, .d_y = q},
+                              {.d_q = d_q, .d_k = d_k, .d_v = d_k});
         }) == "attention.backward: lse: got (1, 4, 2), expected (1, 4, 3)");
   auto const step_k = test::poisoned<float>(2, 2, 4);
   auto step_y = test::poisoned<float>(2, 4, 4);

@@ -70,7 +70,7 @@ TEST_CASE("causal_conv1d: gradients of weight and bias are added, and only those
   auto const g_y = test::upload<float>(d_y, 2, 300, 17);
   auto d_x = test::poisoned<float>(2, 300, 17), y = test::poisoned<float>(2, 300, 17);
   auto d_weight = zeros<float>(make_policy(), 17, 4);
-  causal_conv1d::backward<test_policy, float>(
+  causal_conv1d::backward(
       make_policy(),
       {.x = in.x, .weight = in.weight, .bias = in.bias, .initial_state = in.initial, .silu = true, .d_y = g_y},
       {.d_x = d_x, .d_weight = d_weight});

@@ -284,8 +284,7 @@ TEST_CASE("gated_activation: shapes that disagree are named") {
           gated_activation::forward<activation::silu>(make_policy(), x, y, x.as_view());
         }) == "gated_activation: up: got (3, 5), expected (3, 4)");
   CHECK(test::message_of<shape_error>([&] {
-          gated_activation::backward<activation::silu, test_policy, float>(
-              make_policy(), {.gate = x, .up = x, .d_y = x}, {.d_gate = x});
+          gated_activation::backward<activation::silu>(make_policy(), {.gate = x, .up = x, .d_y = x}, {.d_gate = x});
         }) == "gated_activation.backward: d_up: got no view, expected a view, as up");
   auto const counts = zeros<std::int64_t>(make_policy(), 2);
   CHECK(test::message_of<shape_error>([&] {

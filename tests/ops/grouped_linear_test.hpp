@@ -257,8 +257,7 @@ TEST_CASE("grouped_linear: each gradient alone equals itself among all") {
   auto d_weight = test::upload<float>(held.d_weight, p.groups(), p.outputs, p.width);
   auto d_bias = test::upload<float>(held.d_bias, p.groups(), p.outputs);
   auto const backward = [&](grouped_linear::gradients<test_policy, float> const& d) {
-    grouped_linear::backward<test_policy, float>(make_policy(),
-                                                 {.x = x, .weight = weight, .offsets = offsets, .d_y = d_y}, d);
+    grouped_linear::backward(make_policy(), {.x = x, .weight = weight, .offsets = offsets, .d_y = d_y}, d);
   };
   backward({});
   backward({.d_x = d_x});

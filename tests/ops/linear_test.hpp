@@ -236,7 +236,7 @@ TEST_CASE("linear: gradients that are not wanted change nothing of the others") 
   auto d_weight = test::upload<float>(before.d_weight, s.outputs, s.width);
   auto d_bias = test::upload<float>(before.d_bias, s.outputs);
   auto const backward = [&](linear::gradients<test_policy, float> const& d) {
-    linear::backward<test_policy, float>(make_policy(), {.x = x, .weight = weight, .d_y = d_y}, d);
+    linear::backward(make_policy(), {.x = x, .weight = weight, .d_y = d_y}, d);
   };
   backward({});
   test::check_equal(test::download(d_bias), before.d_bias, "d_bias");

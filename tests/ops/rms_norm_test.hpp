@@ -256,8 +256,8 @@ TEST_CASE("rms_norm: the sum over the residual, d_s over d_residual and over d_y
         make_policy(), {.sum = sum, .rstd = rstd, .weight = dw, .d_y = dy, .d_residual = over_residual}, over_residual,
         d_weight);
     test::check_equal(test::download(over_residual), expected.d_s, "d_s over d_residual");
-    rms_norm::backward<test_policy, float, float>(
-        make_policy(), {.sum = sum, .rstd = rstd, .weight = dw, .d_y = dy, .d_residual = through}, dy, again);
+    rms_norm::backward(make_policy(), {.sum = sum, .rstd = rstd, .weight = dw, .d_y = dy, .d_residual = through},
+                       dy.as_view(), again);
     test::check_equal(test::download(dy), expected.d_s, "d_s over d_y");
     test::check_equal(test::download(again), expected.d_weight, "d_weight");
   }

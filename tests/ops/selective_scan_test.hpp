@@ -73,7 +73,7 @@ TEST_CASE("selective_scan: parameter gradients are added, and wanted where prese
   auto d_u = test::poisoned<float>(1, 40, 5), d_delta = test::poisoned<float>(1, 40, 5);
   auto d_B = test::poisoned<float>(1, 40, 8), d_C = test::poisoned<float>(1, 40, 8);
   auto d_A = test::upload<float>(values(40, 100.0), 5, 8);
-  selective_scan::backward<8, test_policy, float>(
+  selective_scan::backward<8>(
       make_policy(),
       {.u = in.u, .delta = in.delta, .A = in.A_, .B = in.B, .C = in.C, .D = in.D, .z = in.z, .delta_bias = in.bias,
        .initial_state = in.initial, .delta_softplus = true, .A_is_log = true, .checkpoints = checkpoints, .d_y = g_y},

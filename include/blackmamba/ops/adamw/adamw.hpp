@@ -88,8 +88,8 @@ struct adamw {
     check_value(how.max_norm >= 0, "max_norm", how.max_norm, "not negative");
     if (!empty) backend_of<adamw, P>::step(policy, segments, norm, how, schedule);
   }
-  /// One segment.
-  template <device_policy P, storage T>
+  /// One segment. T is deduced where it is an object, and float where it stands in braces.
+  template <device_policy P, storage T = float>
   static void step(P const& policy, segment<home<P>, T> const& all, in<P, accum_t<T>, dyn> norm, options const& how,
                    in<P, double, dyn> schedule = {}) {
     step<P, T>(policy, std::span<segment<home<P>, T> const>(&all, 1), norm, how, schedule);

@@ -96,7 +96,8 @@ struct attention {
   ///   d_v[j] = sum_i p_ij d_y[i],  d_q[i] = R_i^T sum_j ds_ij R_j k[j],  d_k[j] = R_j^T sum_i ds_ij R_i q[i]
   /// where d_k and d_v also sum over the query heads that share a key/value head. The scores are computed again.
   /// Scratch: backward_scratch_bytes<T, memory space>(B, L, Hq, Hkv, dh, S, rotary).
-  template <device_policy P, storage T>
+  /// T is deduced where in or grad is an object, and float where both stand in braces.
+  template <device_policy P, storage T = float>
   static void backward(P const& policy, gradient_inputs<home<P>, T> const& in, gradients<home<P>, T> const& grad) {
     auto const batch = grad.d_q.extent(0), length = grad.d_q.extent(1), heads = grad.d_q.extent(2),
                head_dim = grad.d_q.extent(3);

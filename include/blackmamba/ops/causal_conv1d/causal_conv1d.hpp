@@ -62,7 +62,8 @@ struct causal_conv1d {
   };
   /// p is computed again; nothing but the inputs is kept from forward. d_x must not alias x or d_y.
   /// scratch_bytes<T>(B, L, D, K, S) of scratch, S = 0 where nothing is packed.
-  template <device_policy P, storage T>
+  /// T is float unless named: backward<Policy, T>(...).
+  template <device_policy P, storage T = float>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T>> const& in,
                        std::type_identity_t<gradients<home<P>, T>> const& d) {
     constexpr char const* op = "causal_conv1d.backward";

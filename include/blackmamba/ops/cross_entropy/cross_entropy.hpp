@@ -30,7 +30,8 @@ struct cross_entropy {
   /// scratch_bytes<memory space>(R) of scratch.
   /// @throws value_error (cpu) naming position, value and classes where a target is at least V; nothing is then
   /// written. On cuda loss and lse of such a row are NaN.
-  template <device_policy P, storage T>
+  /// T is deduced where in or out is an object, and float where both stand in braces.
+  template <device_policy P, storage T = float>
   static void forward(P const& policy, inputs<home<P>, T> const& in, results<home<P>, T> const& out) {
     auto const rows = in.logits.extent(0);
     check_shape("cross_entropy", "target", in.target, {rows});

@@ -105,7 +105,8 @@ struct gated_activation {
   };
   /// d_gate = d_y up act'(gate), d_up = d_y act(gate); act(gate) is computed again, nothing is saved between the two.
   /// d_gate and d_up may alias gate, up or d_y.
-  template <class Activation, device_policy P, storage T>
+  /// T is deduced where in or out is an object, and float where both stand in braces.
+  template <class Activation, device_policy P, storage T = float>
   static void backward(P const& policy, gradient_inputs<home<P>, T> const& in, gradients<home<P>, T> const& out) {
     check_activation<Activation>();
     auto const rows = out.d_gate.extent(0), width = out.d_gate.extent(1);

@@ -56,7 +56,8 @@ struct grouped_linear {
   /// d_weight[e] += sum over the group's rows of d_y[r,:]^T x[r,:]
   /// d_bias[e] += sum over the group's rows of d_y[r,:]
   /// The gradients of an empty group's parameters are left as they are.
-  template <device_policy P, storage T, storage Y = T>
+  /// T is float unless named, and Y is T: backward<Policy, T, Y>(...).
+  template <device_policy P, storage T = float, storage Y = T>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, Y>> const& in,
                        std::type_identity_t<gradients<home<P>, T>> const& d) {
     check_result_type<Y, T>();

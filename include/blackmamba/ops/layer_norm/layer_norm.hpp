@@ -63,7 +63,8 @@ struct layer_norm {
   ///   d_bias += sum over rows of d_y                           optional
   ///
   /// scratch_bytes<T, memory space>(R, D) of scratch.
-  template <device_policy P, storage T, storage S>
+  /// S is deduced from d_s; T is float unless named: backward<Policy, T, S>(...).
+  template <device_policy P, storage T = float, storage S = T>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, S>> const& in,
                        out<P, S, dyn, dyn> d_s, std::type_identity_t<out<P, accum_t<T>, dyn>> d_weight,
                        std::type_identity_t<out<P, accum_t<T>, dyn>> d_bias = {}) {

@@ -59,7 +59,8 @@ struct linear {
   /// d_weight += d_y^T x
   /// d_bias += sum over rows of d_y
   /// scratch_bytes<T, Space>(R, I, O) of scratch; on the host only where d_weight is wanted.
-  template <device_policy P, storage T, storage Y = T>
+  /// T is float unless named, and Y is T: backward<Policy, T, Y>(...).
+  template <device_policy P, storage T = float, storage Y = T>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, Y>> const& in,
                        std::type_identity_t<gradients<home<P>, T>> const& d) {
     check_result_type<Y, T>();

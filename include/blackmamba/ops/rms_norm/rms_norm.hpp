@@ -52,7 +52,8 @@ struct rms_norm {
   /// d_s = d_residual + rstd (weight d_y - s rstd^2 mean(s weight d_y))      may alias d_residual, or d_y where S is T
   /// d_weight += sum over rows of d_y s rstd
   /// scratch_bytes<T, memory space>(R, D) of scratch.
-  template <device_policy P, storage T, storage S>
+  /// S is deduced from d_s; T is float unless named: backward<Policy, T, S>(...).
+  template <device_policy P, storage T = float, storage S = T>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, S>> const& in,
                        out<P, S, dyn, dyn> d_s, std::type_identity_t<out<P, accum_t<T>, dyn>> d_weight) {
     auto const rows = d_s.extent(0), width = d_s.extent(1);

@@ -112,8 +112,9 @@ struct selective_scan {
   /// d_z may alias z; the other gradients alias no input. All of (B, L, ...) may be slices of wider tensors.
   /// d_B and d_C are sums over channels, in groups of group_channels, then over groups, in order. On a device, groups
   /// and the parts that sequences are cut into follow from the sizes (selective_scan_backward_tuning.hpp).
+  /// T is float unless named: backward<N, Policy, T>(...).
   /// Scratch: scratch_bytes<N, T, memory space>(B, L, D, S).
-  template <int N, device_policy P, storage T>
+  template <int N, device_policy P, storage T = float>
   static void backward(P const& policy, std::type_identity_t<gradient_inputs<home<P>, T, N>> const& in,
                        std::type_identity_t<gradients<home<P>, T>> const& d) {
     constexpr char const* op = "selective_scan.backward";
