@@ -5,6 +5,8 @@
 #include <blackmamba/ops/router/quantile_balance.hpp>
 #include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
 
+#include <concepts>
+
 namespace blackmamba {
 
 /// Balance rules. All of them route by the same selector, argmax_j(beta x_ij + g_j) over the router's logits x; a rule
@@ -18,6 +20,17 @@ namespace blackmamba {
 /// offset (E) keeps g from step to step and is part of a checkpoint.
 template <class Rule>
 struct balance_rule : Rule {};
+
+/// Whether a type has a balance rule's members. Checked with host memory and float.
+template <class Rule>
+concept balancing = requires(context<device::cpu> const& c, host_view<float, dyn, dyn> logits,
+                             host_view<float, dyn> offset, host_view<sinkhorn::report, dyn> report,
+                             expert_dispatch::routing<device::cpu> const& routing) {
+  { Rule::beta } -> std::convertible_to<double>;
+  { Rule::at_inference } -> std::convertible_to<bool>;
+  Rule::template before<device::cpu, float>(c, logits, offset, 1, report);
+  Rule::template after<device::cpu, float>(c, routing, offset, 1);
+};
 
 /// Every token goes where its logit is largest.
 struct no_balance {

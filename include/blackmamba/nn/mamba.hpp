@@ -5,6 +5,8 @@
 #include <blackmamba/ops/linear/linear.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
 
+#include <type_traits>
+
 namespace blackmamba {
 
 /// The Mamba mixer (Gu and Dao, arXiv 2312.00752, section 3.4):
@@ -23,6 +25,9 @@ struct mamba {
   static constexpr int d_conv = configuration::d_conv<Config>();
   static constexpr int dt_rank = configuration::dt_rank<Config>();
   static constexpr int projected = dt_rank + 2 * d_state;
+  static_assert(!std::is_same_v<Recurrence, selective_scan> || (d_state >= 1 && d_state <= 256),
+                "blackmamba: mamba: d_state must lie in 1 to 256; change it");
+  static_assert(d_conv >= 2 && d_conv <= 4, "blackmamba: mamba: d_conv must lie in 2 to 4; change it");
 
   template <class S, storage T>
   struct parameters {

@@ -36,6 +36,8 @@ struct moe : stateless {
   static constexpr int experts = Config::experts;
   static constexpr int k = Routing::k;
   using balance = typename Routing::balance;
+  static_assert(balancing<balance>, "blackmamba: moe: the argument of top_k is no balance rule; give it the members "
+                                    "that nn/balance.hpp asks for");
   static_assert(k >= 1 && k <= experts, "blackmamba: moe: top_k is larger than the number of experts; lower it");
 
   template <class S, storage T>

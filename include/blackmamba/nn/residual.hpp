@@ -111,6 +111,8 @@ template <class Norm, class A, class B>
 struct parallel {
   static_assert(mixer<A> && mixer<B>, "blackmamba: parallel: the second and third argument must be mixers; give them "
                                       "the members that blackmamba::mixer in nn/module.hpp asks for");
+  static_assert(A::d_model == B::d_model,
+                "blackmamba: parallel: the two mixers differ in d_model; give both the same");
   using norm = norm_layer<Norm, A::d_model>;
 
   template <class S, storage T>

@@ -21,6 +21,8 @@ struct self_attention {
   static constexpr int d_q = heads * d_head, d_kv = kv_heads * d_head, d_qkv = d_q + 2 * d_kv;
   static_assert(d_model % heads == 0, "blackmamba: attention: d_model is no multiple of heads; change either");
   static_assert(heads % kv_heads == 0, "blackmamba: attention: heads is no multiple of kv_heads; change either");
+  static_assert(d_head >= 2 && d_head <= attention::max_head_dim && d_head % 2 == 0,
+                "blackmamba: attention: d_model / heads must be an even number from 2 to 256; change either");
 
   template <class S, storage T>
   struct parameters {
