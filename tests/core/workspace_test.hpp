@@ -64,6 +64,7 @@ TEST_CASE("workspace: without one, a scope owns what scratch_sum says") {
         "workspace: asked for 1 bytes with 768 in use, but the arena has 768 bytes");
 }
 TEST_CASE("workspace: a measuring arena counts under the dry policy, and its peak is enough") {
+  static_assert(is_dry<device::dry<test_policy>> && !is_dry<test_policy>);
   auto measure = test_arena::measuring();
   auto const step = [](auto const& policy) {
     using P = std::remove_cvref_t<decltype(policy)>;

@@ -56,6 +56,12 @@ struct dry {
 
 }  // namespace device
 
+/// Whether P is a dry policy, under which views have sizes but no memory that may be touched.
+template <class P>
+inline constexpr bool is_dry = false;
+template <class P>
+inline constexpr bool is_dry<device::dry<P>> = true;
+
 /// A value that names a memory space and may carry a workspace.
 template <class P>
 concept device_policy = requires(P p) {

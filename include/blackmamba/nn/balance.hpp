@@ -10,14 +10,29 @@
 namespace blackmamba {
 
 /// Balance rules. All of them route by the same selector, argmax_j(beta x_ij + g_j) over the router's logits x; a rule
-/// says how the E numbers g come about. A rule of one's own is a type with these members:
+/// says how the E numbers g come about. A rule of one's own derives from no_balance and replaces what it needs:
 ///
-///   beta            scale of the logits in the selector
-///   at_inference    whether g takes part when the model is not training
-///   before(c, logits, offset, top_k, report)     sets g from this step's logits
-///   after(c, routing, offset, top_k)             sets the next step's g from this step's load
+///   static constexpr double beta;           // scale of the logits in the selector
+///   static constexpr bool at_inference;     // whether g takes part when the model is not training
 ///
-/// offset (E) keeps g from step to step and is part of a checkpoint.
+///   template <device_policy P, storage A>   // sets g from this step's logits
+///   static void before(context<P> const& c,
+///                      in<P, A, dyn, dyn> logits,                 // (tokens, E)
+///                      out<P, A, dyn> offset,                     // (E)  in: g of the step before; out: g
+///                      int top_k,
+///                      out<P, sinkhorn::report, dyn> report);     // (1)  what Sinkhorn reached; may be left alone
+///
+///   template <device_policy P, storage A>   // sets the next step's g from this step's load
+///   static void after(context<P> const& c,
+///                     expert_dispatch::routing<home<P>> const& routing,    // offsets (E + 1), source, row
+///                     out<P, A, dyn> offset,                               // (E)
+///                     int top_k);
+///
+/// offset keeps g from step to step, starts from zeros and is part of a checkpoint.
+///
+/// before and after are also called under device::dry<P>, which measures the workspace of a step: there the views have
+/// sizes, but no memory that may be touched. Use operators (memory::zero and the like are some), which do nothing under
+/// that policy, or put what touches memory under `if constexpr (!is_dry<P>)`. Allocate the same under both.
 template <class Rule>
 struct balance_rule : Rule {};
 

@@ -21,6 +21,10 @@
 ///
 /// and by visit functions that name every view with its shape: allocation, initialisation, optimisation, counting and
 /// checkpoints all follow from those.
+///
+/// forward, backward and step are also called under device::dry<P>, which measures what they take from the workspace:
+/// there the views have sizes, but no memory that may be touched. Use operators, which do nothing under that policy, or
+/// put what touches memory under `if constexpr (!is_dry<P>)`; allocate the same in both.
 namespace blackmamba {
 
 /// What a module is told about a call. Everything that it allocates comes from the policy's workspace: the caller
