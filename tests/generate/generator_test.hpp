@@ -83,6 +83,58 @@ TEST_CASE("generate: streams what it returns, repeats with its seed, stops when 
   CHECK(generate(from, prompt, 0, {}, [](std::int32_t) { return true; }).empty());
 }
 
+TEST_CASE("generate: a text in several calls is the text in one") {
+  net_type net(1, make_policy());
+  network<test::tiny_transformer, test_policy> attentive(1, make_policy());
+  auto const check = [](auto const& of) {
+    sampling_options const how{.temperature = 2, .seed = 5};
+    generator one(of, {.capacity = 25}), several(of, {.capacity = 25});
+    auto const whole = generate(one, prompt, 20, how);
+    auto made = generate(several, prompt, 1, how);
+    CHECK(several.position() == 6);
+    // As many times as asked for, without a token in between.
+    for (int const more : {0, 7, 12})
+      for (auto const token : generate(several, {}, more, how)) made.push_back(token);
+    CHECK(made == whole);
+    CHECK(one.position() == 25);
+    test::check_equal(test::logits_of(several), test::logits_of(one));
+  };
+  check(net);
+  check(attentive);
+
+  // A text that was told to stop has seen its last token too.
+  generator stopped(net), whole(net);
+  auto made = generate(stopped, prompt, 9, {.seed = 2}, [](std::int32_t) { return false; });
+  CHECK(made.size() == 1);
+  for (auto const token : generate(stopped, {}, 8, {.seed = 2})) made.push_back(token);
+  CHECK(made == generate(whole, prompt, 9, {.seed = 2}));
+}
+
+TEST_CASE("generate: without logits to go on from it wants a prompt") {
+  net_type net(1, make_policy());
+  generator from(net);
+  std::string const expected = "generate: prompt: got no token, expected one at least where nothing was read since the "
+                               "generator was built or its state restored";
+  CHECK(test::message_of<value_error>([&] { generate(from, {}, 1); }) == expected);
+  from.prefill(prompt);
+  auto const fork = from.state();
+  CHECK(generate(from, {}, 1).size() == 1);
+  from.restore(fork);
+  CHECK(test::message_of<value_error>([&] { generate(from, {}, 1); }) == expected);
+  CHECK(test::message_of<value_error>([&] { generate(from, prompt, -1); }) ==
+        "generate: count: got -1, expected at least 0");
+}
+
+TEST_CASE("generator: options outside their domain are named") {
+  net_type net(1, make_policy());
+  auto const message = [&](generation_options const& options) {
+    return test::message_of<value_error>([&] { generator from(net, options); });
+  };
+  CHECK(message({.prefill_chunk = 0}) == "generator: prefill_chunk: got 0, expected at least 1");
+  CHECK(message({.batch = 0}) == "generator: batch: got 0, expected at least 1");
+  CHECK(message({.capacity = -1}) == "generator: capacity: got -1, expected at least 0");
+}
+
 TEST_CASE("generator: greedy text is that of the whole forward pass, token by token") {
   net_type net(1, make_policy());
   generator from(net);

@@ -31,9 +31,10 @@ class generator {
   using arch = typename Network::arch;
   using state_type = generation_state<Network>;
 
+  /// @throws value_error where an option is outside its domain
   explicit generator(Network const& network, generation_options const& options = {})
       : network_(network),
-        options_(options),
+        options_(checked(options)),
         state_(network, options.batch, options.capacity),
         token_(options.batch * options.prefill_chunk),
         logits_(zeros<A>(network.policy(), options.batch, std::int64_t{arch::vocab})),
@@ -77,6 +78,8 @@ class generator {
     fetch();
   }
 
+  /// Whether logits() are those of the present state: after a token was read, until a state is restored.
+  bool has_logits() const { return has_logits_; }
   /// Logits of the next token of sequence b, on the host.
   std::span<float const> logits(std::int64_t b = 0) const {
     return {narrowed_.data() + b * arch::vocab, static_cast<std::size_t>(arch::vocab)};
@@ -91,12 +94,24 @@ class generator {
                std::to_string(state.batch()) + " sequences with capacity " + std::to_string(state.capacity()),
                std::to_string(options_.batch) + " with " + std::to_string(options_.capacity));
     state_.copy_from(state);
+    has_logits_ = false;
   }
   std::int64_t position() const { return state_.position(); }
   std::size_t workspace_bytes() const { return workspace_.capacity(); }
   Network const& network() const { return network_; }
 
  private:
+  static generation_options const& checked(generation_options const& options) {
+    auto const check = [](char const* name, std::int64_t got, std::int64_t least) {
+      if (got < least)
+        throw value_error("generator: " + std::string(name) + ": got " + std::to_string(got) + ", expected at least " +
+                          std::to_string(least));
+    };
+    check("batch", options.batch, 1);
+    check("capacity", options.capacity, 0);
+    check("prefill_chunk", options.prefill_chunk, 1);
+    return options;
+  }
   P device() {
     P policy = network_.policy();
     policy.workspace = &workspace_;
@@ -144,6 +159,7 @@ class generator {
     memory::upload(network_.policy(), host.as_view(), token_.slice(0, options_.batch * length));
   }
   void fetch() {
+    has_logits_ = true;
     memory::download(network_.policy(), logits_.as_view(), host_logits_.as_view());
     narrowed_.resize(static_cast<std::size_t>(host_logits_.size()));
     for (std::size_t i = 0; i < narrowed_.size(); ++i) narrowed_[i] = static_cast<float>(host_logits_.data()[i]);
@@ -159,20 +175,30 @@ class generator {
   arena<S> workspace_;
   recording<P> recorded_;  // the decoding step
   bool grows_ = state_type::grows();
+  bool has_logits_ = false;
 };
 
 /// Continues a prompt by `count` tokens. Calls emit(token) for each as it is made; emit returning false ends the text.
+///
+/// The state has seen every token that was made, the last one too (attention's capacity must hold them all): an empty
+/// prompt goes on from there, and the text is the same in one call or in several. The draw for a token depends on the
+/// seed and on the token's position in the text.
 /// @return the new tokens
+/// @throws value_error where the prompt is empty and there are no logits to go on from
 template <class Network, class Emit>
 std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int32_t const> prompt, std::int64_t count,
                                    sampling_options const& options, Emit&& emit) {
   sampler choose(options);
+  if (count < 0) throw value_error("generate: count: got " + std::to_string(count) + ", expected at least 0");
+  if (prompt.empty() && !from.has_logits())
+    throw value_error("generate: prompt: got no token, expected one at least where nothing was read since the "
+                      "generator was built or its state restored");
   std::vector<std::int32_t> made;
-  from.prefill(prompt);
-  while (static_cast<std::int64_t>(made.size()) < count) {
-    std::int32_t const next = choose(from.logits(), made.size());
+  if (!prompt.empty()) from.prefill(prompt);
+  for (bool more = true; more && static_cast<std::int64_t>(made.size()) < count;) {
+    std::int32_t const next = choose(from.logits(), static_cast<std::uint64_t>(from.position()));
     made.push_back(next);
-    if (!emit(next) || static_cast<std::int64_t>(made.size()) == count) break;
+    more = emit(next);
     from.step(std::span<std::int32_t const>(&next, 1));
   }
   return made;
