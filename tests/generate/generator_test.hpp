@@ -1,3 +1,4 @@
+#include "support/files.hpp"
 #include "support/models.hpp"
 
 #include <filesystem>
@@ -6,6 +7,12 @@ using namespace blackmamba;
 
 namespace {
 using net_type = network<test::tiny_blackmamba, test_policy>;
+struct fewer_taps : test::tiny {
+  static constexpr int d_conv = 3;
+};
+struct deeper : test::tiny {
+  static constexpr int layers = 6;
+};
 std::vector<std::int32_t> const prompt = {1, 2, 3, 4, 5};
 }  // namespace
 
@@ -48,6 +55,49 @@ TEST_CASE("generator: a state that is saved and loaded goes on bit for bit") {
   auto third = in_double.state();
   CHECK(test::message_of<file_error>([&] { third.load(path); }) == path + ": a state in float32, expected float64");
   std::filesystem::remove(path);
+}
+
+TEST_CASE("generator: a file with another state in it is turned away, and the state stays") {
+  test::temporary_file const file;
+  auto const& path = file.path;
+  net_type net(1, make_policy());
+  generator from(net);
+  from.prefill(prompt);
+  from.state().save(path);
+
+  // Fewer taps: a tensor takes a multiple of 128 words, so the sizes do not tell.
+  network<blackmamba_model<fewer_taps>, test_policy> other(1, make_policy());
+  generation_state in_other(other);
+  CHECK(test::message_of<file_error>([&] { in_other.load(path); }) ==
+        path + ": a state of another model: tensor 0: got conv (1, 3, 16), expected conv (1, 2, 16)");
+  CHECK(in_other.position() == 0);
+  network<blackmamba_model<deeper>, test_policy> deep(1, make_policy());
+  generation_state in_deep(deep);
+  CHECK(test::message_of<file_error>([&] { in_deep.load(path); }) ==
+        path + ": a state of another model: tensor 4: got none, expected conv (1, 3, 16)");
+  in_deep.save(path);
+  auto kept = from.state();
+  CHECK(test::message_of<file_error>([&] { kept.load(path); }) ==
+        path + ": a state of another model: tensor 4: got conv (1, 3, 16), expected none");
+  CHECK(kept.position() == 5);
+
+  kept.save(path);
+  test::change_header(path, [](std::string& header) { test::replace_after(header, "format", "state 2", "state 9"); });
+  CHECK(test::message_of<file_error>([&] { kept.load(path); }) ==
+        path + ": a file of format 'blackmamba state 9', expected 'blackmamba state 2'");
+
+  auto advanced = from.state();
+  advanced.advance(-6);
+  advanced.save(path);
+  CHECK(test::message_of<file_error>([&] { kept.load(path); }) ==
+        path + ": a state after -1 tokens, expected 0 to any number");
+  network<test::tiny_transformer, test_policy> attentive(1, make_policy());
+  generation_state full(attentive, 1, 4);
+  full.advance(5);
+  full.save(path);
+  generation_state again(attentive, 1, 4);
+  CHECK(test::message_of<file_error>([&] { again.load(path); }) == path + ": a state after 5 tokens, expected 0 to 4");
+  CHECK(again.position() == 0);
 }
 
 TEST_CASE("generator: the state's size does not depend on the text's length") {
@@ -113,8 +163,9 @@ TEST_CASE("generate: a text in several calls is the text in one") {
 TEST_CASE("generate: without logits to go on from it wants a prompt") {
   net_type net(1, make_policy());
   generator from(net);
-  std::string const expected = "generate: prompt: got no token, expected one at least where nothing was read since the "
-                               "generator was built or its state restored";
+  std::string const expected =
+      "generate: prompt: got no token, expected one at least where nothing was read since the "
+      "generator was built or its state restored";
   CHECK(test::message_of<value_error>([&] { generate(from, {}, 1); }) == expected);
   from.prefill(prompt);
   auto const fork = from.state();

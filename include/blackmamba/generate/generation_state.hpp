@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace blackmamba {
 
@@ -22,8 +24,11 @@ class generation_state {
   using views_type = typename arch::template state<S, T>;
 
   /// The state before the first token.
+  /// @throws shape_error where there is no sequence, or less than no capacity
   explicit generation_state(Network const& network, std::int64_t batch = 1, std::int64_t capacity = 0)
       : policy_(network.policy()), batch_(batch), capacity_(capacity) {
+    check_that(batch >= 1, "generation_state", "batch", std::to_string(batch), "at least 1");
+    check_that(capacity >= 0, "generation_state", "capacity", std::to_string(capacity), "at least 0");
     memory_ = zeros<std::int64_t>(policy_, bind(views_, batch, capacity, nullptr));
     bind(views_, batch, capacity, memory_.data());
   }
@@ -70,8 +75,10 @@ class generation_state {
     safetensors::writer file(path);
     tensor<space::host, std::int64_t, dyn> host(memory_.size());
     memory::download(policy_, memory_.as_view(), host.as_view());
-    file.metadata("format", "blackmamba state 1");
+    file.metadata("format", file_format);
     file.metadata("storage", type_name<T>());
+    std::vector<std::string> const lines = layout();
+    for (std::size_t i = 0; i < lines.size(); ++i) file.metadata("tensor " + std::to_string(i), lines[i]);
     file.declare<std::int64_t>("position", {1});
     file.declare<std::int64_t>("shape", {2});
     file.declare<std::int64_t>("state", {host.size()});
@@ -84,6 +91,8 @@ class generation_state {
   /// On error nothing has changed. @throws file_error naming what differs, got and expected
   void load(std::string const& path) {
     safetensors::reader file(path);
+    if (file.metadata("format") != file_format)
+      throw file_error(path + ": a file of format '" + file.metadata("format") + "', expected '" + file_format + "'");
     if (file.metadata("storage") != type_name<T>())
       throw file_error(path + ": a state in " + file.metadata("storage") + ", expected " + type_name<T>());
     std::int64_t position = 0, shape[2] = {};
@@ -93,6 +102,10 @@ class generation_state {
       throw file_error(path + ": a state of " + std::to_string(shape[0]) + " sequences with capacity " +
                        std::to_string(shape[1]) + ", expected " + std::to_string(batch_) + " with " +
                        std::to_string(capacity_));
+    check_layout(file);
+    if (position < 0 || (grows() && position > capacity_))
+      throw file_error(path + ": a state after " + std::to_string(position) + " tokens, expected 0 to " +
+                       (grows() ? std::to_string(capacity_) : "any number"));
     tensor<space::host, std::int64_t, dyn> host(memory_.size());
     file.read("state", host.data(), host.size());
     memory::upload(policy_, host.as_view(), memory_.as_view());
@@ -100,6 +113,31 @@ class generation_state {
   }
 
  private:
+  static constexpr char const* file_format = "blackmamba state 2";
+
+  /// Name and shape of every tensor, in order.
+  std::vector<std::string> layout() const {
+    std::vector<std::string> lines;
+    views_type views = views_;
+    arch::visit_state(views, batch_, capacity_, [&](entry const& e, auto const&) {
+      lines.push_back(e.name + " " + detail::shape_text(e.extents));
+    });
+    return lines;
+  }
+  /// Compares a file's tensors with this state's; the first difference is the message.
+  void check_layout(safetensors::reader const& file) const {
+    std::vector<std::string> const expected = layout();
+    for (std::size_t i = 0;; ++i) {
+      auto const& metadata = file.header().metadata;
+      auto const line = metadata.find("tensor " + std::to_string(i));
+      std::string const got = line == metadata.end() ? "none" : line->second;
+      std::string const wanted = i < expected.size() ? expected[i] : "none";
+      if (got != wanted)
+        throw file_error(file.path() + ": a state of another model: tensor " + std::to_string(i) + ": got " + got +
+                         ", expected " + wanted);
+      if (i >= expected.size()) return;
+    }
+  }
   static std::int64_t bind(views_type& views, std::int64_t batch, std::int64_t capacity, std::int64_t* base) {
     std::int64_t words = 0;
     arch::visit_state(views, batch, capacity, [&](entry const& e, auto& v) { detail::bind_view(v, e, base, words); });
