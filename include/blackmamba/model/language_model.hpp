@@ -45,6 +45,13 @@ struct language_model {
     Blocks::visit(p.blocks, names, v);
     final_norm::visit(p.norm, "decoder.final_layernorm.", v);
   }
+  /// Residual layers.
+  static int layer_count() {
+    layer_names names;
+    typename Blocks::template parameters<space::host, float> views{};
+    Blocks::visit(views, names, detail::ignore_visits{});
+    return names.count();
+  }
   template <class State, class Visitor>
   static void visit_state(State& s, std::int64_t batch, std::int64_t capacity, Visitor&& v) {
     Blocks::visit_state(s, batch, capacity, v);
@@ -53,11 +60,18 @@ struct language_model {
   /// Which rows the logits are wanted of.
   enum class rows { all, last };
 
-  /// logits (B L, vocab), or of the last token of each sequence alone (B, vocab). With a state, continues from it. Y is
-  /// T or accum_t<T>.
+  /// logits (B L, vocab), or of the last token of each sequence alone (B, vocab); of packed sequences there are all.
+  /// With a state, continues from it. Y is T or accum_t<T>.
   template <device_policy P, storage T, storage Y, class S>
   static void forward(context<P> const& c, parameters<S, T> const& p, in<P, std::int32_t, dyn> token, rows which,
                       out<P, Y, dyn, dyn> logits, saved<S, T>& keep, state<S, T>* carried = nullptr) {
+    constexpr char const* op = "language_model.forward";
+    check_shape(op, "token", token, {c.tokens()});
+    if (which == rows::last) {
+      check_that(!c.cu_seqlens.present(), op, "cu_seqlens", "packed sequences",
+                 "none where logits of the last rows are wanted; ask for rows::all");
+      check_that(c.length > 0, op, "length", std::to_string(c.length), "a token at least, to give the logits of the last");
+    }
     residual_stream<S, T> stream = open_stream<P, T>(c, p, token);
     Blocks::template forward<P, T, S>(c, p.blocks, stream, keep.blocks, carried);
     if (which == rows::last) {

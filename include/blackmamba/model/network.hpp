@@ -129,9 +129,8 @@ parameter_count count_parameters() {
     count.total += e.size();
     count.active += static_cast<std::int64_t>(std::llround(static_cast<double>(e.size()) * e.active));
     count.tensors += e.name.find("{e}") == std::string::npos ? 1 : static_cast<int>(e.extents[0]);
-    // Every residual layer has one norm named so.
-    if (e.name.ends_with(".norm.weight")) ++count.layers;
   });
+  count.layers = Arch::layer_count();
   return count;
 }
 
@@ -187,8 +186,13 @@ class network {
   std::uint64_t seed() const { return seed_; }
   parameters_type const& parameters() const { return memory_.views(); }
   memory_type const& memory() const { return memory_; }
+  /// A number that is another one after every change of the weights that was told of. Who keeps something that follows
+  /// from the weights, as a trainer keeps fp32 masters of 16-bit weights, sees by it that they are not those any more.
+  std::uint64_t version() const { return version_; }
+  /// Tells of a change. load_weights and trainers do; whoever writes to the weights through views calls it afterwards.
+  void weights_changed() { ++version_; }
 
-  /// Calls v(name, contiguous view) for every tensor as a checkpoint names it: an expert's weights one by one.
+  /// Calls v(entry, contiguous view) for every tensor as a checkpoint names it: an expert's weights one by one.
   template <class Visitor>
   void each_tensor(Visitor&& v) const {
     each_tensor_of(memory_, v);
@@ -227,6 +231,7 @@ class network {
 
   P policy_;
   std::uint64_t seed_;
+  std::uint64_t version_ = 0;
   memory_type memory_;
 };
 
