@@ -174,3 +174,29 @@ TEST_CASE("language model: packed sequences give what they give one by one") {
     test::check_close(test::values(first, first + static_cast<std::ptrdiff_t>(alone.size())), alone, 1e-12);
   }
 }
+
+TEST_CASE("language model: what a call can't do is named") {
+  using arch = test::tiny_blackmamba;
+  network<arch, test_policy, double> net(3, make_policy());
+  arena<test::test_space> workspace(std::size_t{1} << 22);
+  auto const token = test::upload<std::int32_t>({1, 2, 3}, std::int64_t{3});
+  auto const cu_seqlens = test::upload<std::int64_t>({0, 1, 3}, std::int64_t{3});
+  auto const call = [&](context<test_policy> c, std::int64_t tokens) {
+    auto logits = test::poisoned<double>(std::int64_t{1}, std::int64_t{arch::vocab});
+    typename arch::saved<test::test_space, double> keep;
+    arch::forward<test_policy, double, double, test::test_space>(c, net.parameters(), token.slice(0, tokens),
+                                                                 arch::rows::last, logits, keep);
+  };
+  test_policy policy = make_policy();
+  CHECK(test::message_of<value_error>([&] { call({.policy = policy, .length = 3}, 3); }) ==
+        "context: policy.workspace: got none, expected an arena, from which modules take their memory; a dry run with "
+        "arena::measuring() tells its size");
+  policy.workspace = &workspace;
+  CHECK(test::message_of<shape_error>([&] { call({.policy = policy, .length = 3, .cu_seqlens = cu_seqlens}, 3); }) ==
+        "language_model.forward: cu_seqlens: got packed sequences, expected none where logits of the last rows are "
+        "wanted; ask for rows::all");
+  CHECK(test::message_of<shape_error>([&] { call({.policy = policy, .length = 0}, 0); }) ==
+        "language_model.forward: length: got 0, expected a token at least, to give the logits of the last");
+  CHECK(test::message_of<shape_error>([&] { call({.policy = policy, .length = 2}, 3); }) ==
+        "language_model.forward: token: got (3), expected (2)");
+}

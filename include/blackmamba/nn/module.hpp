@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
@@ -27,6 +28,14 @@
 /// put what touches memory under `if constexpr (!is_dry<P>)`; allocate the same in both.
 namespace blackmamba {
 
+namespace detail {
+[[noreturn]] inline void throw_no_workspace() {
+  throw value_error(
+      "context: policy.workspace: got none, expected an arena, from which modules take their memory; a dry run with "
+      "arena::measuring() tells its size");
+}
+}  // namespace detail
+
 /// What a module is told about a call. Everything that it allocates comes from the policy's workspace: the caller
 /// releases it, after the backward pass in training, after the layer in inference.
 template <device_policy P>
@@ -45,6 +54,7 @@ struct context {
 
   template <class T, class... Ints>
   auto allocate(Ints... extents) const {
+    if (!policy.workspace) detail::throw_no_workspace();
     return policy.workspace->template allocate<T>(extents...);
   }
   /// A scope: what is allocated during its life is released at its end.
