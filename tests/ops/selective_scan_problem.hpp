@@ -287,8 +287,9 @@ inline values slice(values const& v, std::int64_t begin, std::int64_t count) {
   return values(v.begin() + begin, v.begin() + begin + count);
 }
 
+enum class place_of_y { own, u, delta, z };
 template <class T, int N>
-void check_step(std::int64_t batch, std::int64_t channels, bool all) {
+void check_step(std::int64_t batch, std::int64_t channels, bool all, place_of_y where = place_of_y::own) {
   using A = accum_t<T>;
   std::int64_t const length = 5;
   auto p = make<T>(batch, length, channels, N, {.all = all});
@@ -297,7 +298,7 @@ void check_step(std::int64_t batch, std::int64_t channels, bool all) {
   device_problem<T, N> const in(p);
   auto state = test::upload<A>(p.initial, batch, channels, N);
   for (std::int64_t t = 0; t < length; ++t) {
-    auto y = test::poisoned<T>(batch, channels);
+    auto const own = test::poisoned<T>(batch, channels);
     // The t-th step of every sequence: rows that lie a sequence apart.
     auto const at = [&](auto const& x) {
       using element = typename std::remove_cvref_t<decltype(x)>::value_type;
@@ -308,16 +309,22 @@ void check_step(std::int64_t batch, std::int64_t channels, bool all) {
       }
       return step;
     };
+    auto const y = where == place_of_y::u       ? at(in.u)
+                   : where == place_of_y::delta ? at(in.delta)
+                   : where == place_of_y::z     ? at(in.z)
+                                                : own.as_view();
     selective_scan::step<N>(make_policy(),
                             {.u = at(in.u), .delta = at(in.delta), .A = in.A_, .B = at(in.B), .C = at(in.C), .D = in.D,
                              .z = at(in.z), .delta_bias = in.bias, .delta_softplus = all, .A_is_log = all},
                             state, y);
-    values y_t;
+    values y_t, got;
     for (std::int64_t b = 0; b < batch; ++b) {
       auto const row = slice(expected.y, (b * length + t) * channels, channels);
       y_t.insert(y_t.end(), row.begin(), row.end());
+      auto const part = test::download(y.slice(b, 1));
+      got.insert(got.end(), part.begin(), part.end());
     }
-    test::check_close(test::download(y), y_t, test::tolerance<T>(length * N), "y");
+    test::check_close(got, y_t, test::tolerance<T>(length * N), "y");
   }
   test::check_close(test::download(state), expected.final_state, state_tolerance<T>(length), "state");
 }

@@ -334,6 +334,13 @@ TEST_CASE_TEMPLATE("selective_scan: step equals forward", T, STORAGE_TYPES) {
     for (std::int64_t channels : {1, 16, 40})
       for (bool all : {true, false}) check_step<T, 16>(batch, channels, all);
 }
+TEST_CASE_TEMPLATE("selective_scan: a step's result may take the place of its inputs", T, STORAGE_TYPES) {
+  for (auto where : {place_of_y::u, place_of_y::delta, place_of_y::z})
+    for (std::int64_t batch : {3, 33}) {
+      check_step<T, 16>(batch, 40, true, where);
+      check_step<T, 3>(batch, 37, true, where);
+    }
+}
 TEST_CASE("selective_scan: takes the scratch that it says") {
   using dry = device::dry<test_policy>;
   auto arena = blackmamba::arena<test_policy::memory_space>::measuring();

@@ -71,9 +71,10 @@ __global__ void __launch_bounds__(128)
       in_b[r][k].load(in.B.row(b) + n, N - n);
       in_c[r][k].load(in.C.row(b) + n, N - n);
     }
-    delta[r].load(in.delta.row(b) + channel);
-    u[r].load(in.u.row(b) + channel);
-    z[r].load(z_view.row(b) + channel);
+    // y may be one of them.
+    delta[r].load_current(in.delta.row(b) + channel);
+    u[r].load_current(in.u.row(b) + channel);
+    z[r].load_current(z_view.row(b) + channel);
   }
   A rate[packs * K];
 #pragma unroll

@@ -289,6 +289,7 @@ struct scan_elements {
   using word = std::conditional_t<narrow, unsigned, T>;
   word w[narrow ? 1 : Pair];
 
+  /// From memory that nothing writes while the kernel runs.
   __device__ __forceinline__ void load(T const* p) {
     if constexpr (narrow && Pair == 1) {
       asm("ld.global.nc.u16 %0, [%1];" : "=r"(w[0]) : "l"(p));
@@ -300,6 +301,15 @@ struct scan_elements {
       auto const x = __ldg(reinterpret_cast<float2 const*>(p));
       w[0] = x.x, w[1] = x.y;
     }
+  }
+  /// The same of memory that the kernel writes too. What stands before it in the program stays there.
+  __device__ __forceinline__ void load_current(T const* p)
+  requires(Pair == 1)
+  {
+    if constexpr (narrow)
+      asm volatile("ld.global.u16 %0, [%1];" : "=r"(w[0]) : "l"(p) : "memory");
+    else
+      w[0] = *p;
   }
   /// Those at p in shared memory.
   static __device__ __forceinline__ scan_elements of(T const* p) {
