@@ -410,6 +410,29 @@ TEST_CASE("selective_scan: what disagrees is named") {
               {.d_u = y, .d_delta = y, .d_B = d_B, .d_C = d_B, .d_z = y});
         }) == "selective_scan.backward: d_z: got a gradient, expected none, for z is absent");
 
+  if constexpr (!std::is_same_v<test::test_space, space::host>) {
+    auto const far = [](auto steps) {
+      steps.set_stride(1, std::int64_t{1} << 30);
+      return steps;
+    };
+    in = good;
+    in.delta = far(x.as_view());
+    CHECK(message(in) ==
+          "selective_scan: delta: got steps 1073741824 elements apart, expected at most 1073741823 on a device");
+    CHECK(test::message_of<shape_error>([&] {
+            selective_scan::backward<2, test_policy, float>(
+                make_policy(),
+                {.u = x, .delta = x, .A = A, .B = B, .C = B, .checkpoints = checkpoints.slice(0, 8), .d_y = x},
+                {.d_u = y, .d_delta = far(y.as_view()), .d_B = d_B, .d_C = d_B});
+          }) == "selective_scan.backward: d_delta: got steps 1073741824 elements apart, expected at most 1073741823 on "
+                "a device");
+    std::int64_t const many = std::int64_t{1} << 31;
+    view<test::test_space, float, dyn, dyn, dyn> one{y.data(), 1, many, 4}, one_B{y.data(), 1, many, 2};
+    CHECK(test::message_of<shape_error>([&] {
+            selective_scan::forward<2>(make_policy(), {.u = one, .delta = one, .A = A, .B = one_B, .C = one_B}, one);
+          }) == "selective_scan: u: got 2147483648 steps, expected at most 2147483647 on a device");
+  }
+
   auto state = test::poisoned<float>(3, 4, 1);
   auto const row = test::upload<float>(values(12), 3, 4), row_B = test::upload<float>(values(6), 3, 2);
   auto y_row = test::poisoned<float>(3, 4);

@@ -29,7 +29,8 @@ namespace blackmamba {
 /// again. Bitwise repeatable, independent of the number of threads and of the other sequences. Asynchronous on cuda;
 /// there, long sequences are cut where batch and channels are few, by their sizes alone: in forward from 512 steps on
 /// (selective_scan_tuning.hpp), in backward from about 225, or 768 in a row of packed ones
-/// (selective_scan_backward_tuning.hpp). Calls that are cut differently agree to rounding.
+/// (selective_scan_backward_tuning.hpp). Calls that are cut differently agree to rounding. There, L is less than 2^31,
+/// and fewer than 2^32 bytes lie between two steps of a tensor.
 struct selective_scan {
   /// u, delta, z, B, C may be slices of wider tensors.
   template <device_policy P, storage T, int N>
@@ -62,6 +63,8 @@ struct selective_scan {
     check_optional_shape("selective_scan", "final_state", keep.final_state, {states, channels, N});
     check_optional_shape("selective_scan", "checkpoints", keep.checkpoints,
                          {checkpoint_size<N>(batch, length, channels, states)});
+    check_steps<P>("selective_scan", length,
+                   {{"u", in.u}, {"delta", in.delta}, {"B", in.B}, {"C", in.C}, {"z", in.z}, {"y", y}});
     if (channels == 0 || batch == 0) return;
     if constexpr (std::is_same_v<typename P::memory_space, space::device>) {
       forward_workspace<home<P>, T> work;
@@ -131,6 +134,18 @@ struct selective_scan {
     check_of_optional(op, "d_z", d.d_z, {batch, length, channels}, "z", in.z.present());
     check_of_optional(op, "d_delta_bias", d.d_delta_bias, {channels}, "delta_bias", in.delta_bias.present());
     check_optional_shape(op, "d_initial_state", d.d_initial_state, {states, channels, N});
+    check_steps<P>(op, length,
+                   {{"u", in.u},
+                    {"delta", in.delta},
+                    {"B", in.B},
+                    {"C", in.C},
+                    {"z", in.z},
+                    {"d_y", in.d_y},
+                    {"d_u", d.d_u},
+                    {"d_delta", d.d_delta},
+                    {"d_B", d.d_B},
+                    {"d_C", d.d_C},
+                    {"d_z", d.d_z}});
     if (batch == 0) return;
     if constexpr (on_device<P>) {
       auto const plan = device_plan<N, T>(batch, length, channels, states);
@@ -214,8 +229,8 @@ struct selective_scan {
   template <int N>
   static constexpr std::int64_t forward_pieces(std::int64_t batch, std::int64_t length, std::int64_t channels,
                                                std::int64_t sequences) {
-    return selective_scan_tuning::pieces_of_forward(
-        selective_scan_tuning::plan_forward(N, length, channels, sequences), batch, length, sequences);
+    return selective_scan_tuning::pieces_of_forward(selective_scan_tuning::plan_forward(N, length, channels, sequences),
+                                                    batch, length, sequences);
   }
   template <device_policy P, int N, storage T>
   static constexpr std::size_t forward_scratch_bytes(std::int64_t batch, std::int64_t length, std::int64_t channels,
@@ -283,6 +298,24 @@ struct selective_scan {
  private:
   template <class P>
   static constexpr bool on_device = std::is_same_v<typename P::memory_space, space::device>;
+  struct named_stride {
+    char const* name;
+    std::int64_t stride, most;  // of the second dimension
+    template <class View>
+    constexpr named_stride(char const* of, View const& x)
+        : name(of), stride(x.present() ? x.stride(1) : 0), most(0xffffffff / sizeof(typename View::value_type)) {}
+  };
+  /// Kernels count steps by 31 bits, and the bytes from one to the next by 32.
+  template <class P>
+  static void check_steps(char const* op, std::int64_t length, std::initializer_list<named_stride> all) {
+    if (!on_device<P> || length < 2) return;
+    if (length > 0x7fffffff)
+      check_that(false, op, "u", std::to_string(length) + " steps", "at most 2147483647 on a device");
+    for (auto const& x : all)
+      if (x.stride < 0 || x.stride > x.most)
+        check_that(false, op, x.name, "steps " + std::to_string(x.stride) + " elements apart",
+                   "at most " + std::to_string(x.most) + " on a device");
+  }
   template <int N>
   static constexpr void check_states() {
     static_assert(N >= 1 && N <= 256,
