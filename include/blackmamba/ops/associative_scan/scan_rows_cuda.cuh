@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/cuda/named_barrier_cuda.cuh>
 #include <blackmamba/ops/associative_scan/scan_tiles_cuda.cuh>
 
 #include <algorithm>
@@ -155,6 +156,8 @@ __global__ void __launch_bounds__(scan_tiles::threads + 32, scan_stash<Rule>::bl
   __shared__ taken_tile taken[8];  // this block's n-th tile in place n % 8
   int const thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int const tiles = static_cast<int>(slots.count);
+  // The two kinds of warps meet at different places of the program, which __syncthreads() does not allow.
+  auto const meet = [] { named_barrier<1, static_cast<int>(scan_tiles::threads) + 32>(); };
   auto const take = [&](int n, int number) {
     taken_tile t{{}, number, false};
     if (t.number < tiles && list.find(t.number, t.at)) {
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(scan_tiles::threads + 32, scan_stash<Rule>::bl
 
   if (warp == warps) {
     for (int n = 0;; ++n) {
-      __syncthreads();  // the n-th tile's totals are there
+      meet();  // the n-th tile's totals are there
       taken_tile const& t = taken[n & 7];
       if (t.number >= tiles) break;
       map total = rule.identity();
@@ -211,7 +214,7 @@ __global__ void __launch_bounds__(scan_tiles::threads + 32, scan_stash<Rule>::bl
       }
       fetch(taken[n + 1 & 7]);
     }
-    __syncthreads();  // what reaches the tile before this one is there
+    meet();  // what reaches the tile before this one is there
     if (n > 0 && taken[n - 1 & 7].real) {
       taken_tile const& t = taken[n - 1 & 7];
       auto const line = rule.start(t.at);

@@ -1,5 +1,6 @@
 #pragma once
 #include <blackmamba/core/cuda/copy_async_cuda.cuh>
+#include <blackmamba/core/cuda/named_barrier_cuda.cuh>
 #include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_exponential_cuda.cuh>
@@ -41,10 +42,10 @@ struct scan_roles {
   static_assert(sizeof(T) == 2 && helpers % pairs == 0 && Tile * N / 4 <= helpers && Tile * parts == helpers &&
                 selective_scan::chunk_length % Tile == 0);
 
-  // Not bar.sync, which wants the lanes of a warp together: they may be apart after a store that some leave out.
-  __device__ static void helpers_meet() { asm volatile("barrier.sync 1, %0;" ::"n"(helpers) : "memory"); }
-  /// The two kinds of warps come to it at different places of the program, which __syncthreads() does not allow.
-  __device__ static void all_meet() { asm volatile("barrier.sync 2, %0;" ::"n"(threads) : "memory"); }
+  // The lanes of a warp may be apart after a store that some leave out, and the two kinds of warps meet at different
+  // places of the program.
+  __device__ static void helpers_meet() { named_barrier<1, helpers>(); }
+  __device__ static void all_meet() { named_barrier<2, threads>(); }
 };
 
 template <class T, int Pair, int Tile, bool Outputs>
