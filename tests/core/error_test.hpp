@@ -12,7 +12,7 @@ TEST_CASE("error: a shape that disagrees names operator, argument, got and expec
         }) == "op: x: got (4, 6), expected (4, 5)");
   CHECK(test::message_of<shape_error>([&] {
           check_shape("op", "x", x, {-1, 5});
-        }) == "op: x: got (4, 6), expected (-1, 5)");
+        }) == "op: x: got (4, 6), expected (any, 5)");
   CHECK(test::message_of<shape_error>([&] { check_shape("op.backward", "x", x, {24}); }) ==
         "op.backward: x: got (4, 6), expected (24)");
   CHECK(test::message_of<shape_error>([&] { check_shape("op", "x", host_view<float, dyn>{}, {3}); }) ==

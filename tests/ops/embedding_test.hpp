@@ -196,7 +196,7 @@ TEST_CASE("embedding: shapes and tokens that do not fit are named") {
         "embedding: token: got (4), expected (3)");
   CHECK(test::message_of<shape_error>([&] {
           embedding::forward(make_policy(), token, table.columns(0, 2), y.as_view());
-        }) == "embedding: table: got (9, 2), expected (-1, 3)");
+        }) == "embedding: table: got (9, 2), expected (any, 3)");
   if constexpr (std::is_same_v<test::test_space, space::host>) {  // elsewhere the token is not looked at by the host
     CHECK(test::message_of<value_error>([&] { embedding::forward(make_policy(), token, table, y.as_view()); }) ==
           "embedding: token: position 2 holds -2, but the vocabulary has 9 entries");

@@ -355,8 +355,8 @@ TEST_CASE("grouped_linear: shapes that disagree are named") {
   };
   using bias_view = out<test_policy, float, dyn, dyn>;
   CHECK(forward(offsets, bias_view{}, test::poisoned<float>(2, 5)) ==
-        "grouped_linear: x: got (3, 4), expected (2, -1)");
-  CHECK(forward(offsets, bias_view{}, narrow) == "grouped_linear: weight: got (2, 5, 4), expected (-1, 4, 4)");
+        "grouped_linear: x: got (3, 4), expected (2, any)");
+  CHECK(forward(offsets, bias_view{}, narrow) == "grouped_linear: weight: got (2, 5, 4), expected (any, 4, 4)");
   CHECK(forward(short_offsets, bias_view{}, y) == "grouped_linear: offsets: got (2), expected (3)");
   CHECK(forward(offsets, bias, y) == "grouped_linear: bias: got (1, 5), expected (2, 5)");
   auto const backward = [&](auto const& o, auto const& d_y, grouped_linear::gradients<test_policy, float> const& d) {
@@ -365,7 +365,7 @@ TEST_CASE("grouped_linear: shapes that disagree are named") {
                                                    d);
     });
   };
-  CHECK(backward(offsets, narrow, {}) == "grouped_linear.backward: weight: got (2, 5, 4), expected (-1, 4, -1)");
+  CHECK(backward(offsets, narrow, {}) == "grouped_linear.backward: weight: got (2, 5, 4), expected (any, 4, any)");
   CHECK(backward(short_offsets, y, {}) == "grouped_linear.backward: offsets: got (2), expected (3)");
   CHECK(backward(offsets, y, {.d_x = y}) == "grouped_linear.backward: d_x: got (3, 5), expected (3, 4)");
   auto const d_weight = zeros<float>(make_policy(), 2, 4, 5);

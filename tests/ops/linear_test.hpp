@@ -340,7 +340,7 @@ TEST_CASE("linear: shapes that disagree are named") {
   auto short_y = test::poisoned<float>(2, 5);
   auto const message = [](auto&& f) { return test::message_of<shape_error>(f); };
   CHECK(message([&] { linear::forward(make_policy(), {.x = x, .weight = weight}, short_y); }) ==
-        "linear: x: got (3, 4), expected (2, -1)");
+        "linear: x: got (3, 4), expected (2, any)");
   CHECK(message([&] { linear::forward(make_policy(), {.x = x, .weight = narrow}, y); }) ==
         "linear: weight: got (5, 3), expected (5, 4)");
   CHECK(message([&] { linear::forward(make_policy(), {.x = x, .weight = weight, .bias = bias}, y); }) ==
@@ -348,7 +348,7 @@ TEST_CASE("linear: shapes that disagree are named") {
   auto const backward = [&](auto const& w, auto const& d_y, linear::gradients<test_policy, float> const& d) {
     return message([&] { linear::backward<test_policy, float>(make_policy(), {.x = x, .weight = w, .d_y = d_y}, d); });
   };
-  CHECK(backward(bias.reshape(1, 4), y, {}) == "linear.backward: weight: got (1, 4), expected (5, -1)");
+  CHECK(backward(bias.reshape(1, 4), y, {}) == "linear.backward: weight: got (1, 4), expected (5, any)");
   CHECK(backward(narrow, y, {}) == "linear.backward: x: got (3, 4), expected (3, 3)");
   CHECK(backward(weight, y, {.d_x = y}) == "linear.backward: d_x: got (3, 5), expected (3, 4)");
   CHECK(backward(weight, y, {.d_weight = y}) == "linear.backward: d_weight: got (3, 5), expected (5, 4)");

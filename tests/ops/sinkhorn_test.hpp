@@ -554,7 +554,7 @@ TEST_CASE("sinkhorn: arguments that disagree are named") {
   auto right = test::poisoned<float>(4);
   tensor<test::test_space, sinkhorn::report, dyn> report(1);
   CHECK(test::message_of<shape_error>([&] { sinkhorn::forward(make_policy(), logits, offset.as_view(), report); }) ==
-        "sinkhorn: logits: got (3, 4), expected (-1, 5)");
+        "sinkhorn: offset: got (5), expected (4)");
   auto plan = test::poisoned<float>(4, 4);
   CHECK(test::message_of<shape_error>([&] {
           sinkhorn::forward(make_policy(), logits, right.as_view(), report, {}, plan);
@@ -562,4 +562,8 @@ TEST_CASE("sinkhorn: arguments that disagree are named") {
   CHECK(test::message_of<value_error>([&] {
           sinkhorn::forward(make_policy(), logits, right.as_view(), report, {.max_passes = -1});
         }) == "sinkhorn: max_passes: got -1, expected 0 or more");
+  for (double const beta : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()})
+    CHECK(test::message_of<value_error>([&] {
+            sinkhorn::forward(make_policy(), logits, right.as_view(), report, {.beta = beta});
+          }) == "sinkhorn: beta: got " + std::to_string(beta) + ", expected a finite number");
 }

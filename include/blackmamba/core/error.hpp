@@ -40,14 +40,14 @@ class file_error : public error {
 
 namespace detail {
 
-/// "(2, 16, 64)"
+/// "(2, 16, 64)"; an extent that may be any: "(any, 64)"
 template <class Range>
 std::string shape_text(Range const& extents) {
   std::string text = "(";
   bool first = true;
   for (auto e : extents) {
     if (!first) text += ", ";
-    text += std::to_string(e);
+    text += e < 0 ? "any" : std::to_string(e);
     first = false;
   }
   return text + ")";

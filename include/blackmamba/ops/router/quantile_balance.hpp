@@ -34,8 +34,8 @@ struct quantile_balance {
   static void forward(P const& policy, in<P, A, dyn, dyn> logits, out<P, A, dyn> offset, options const& how = {}) {
     static_assert(std::is_same_v<A, accum_t<A>>,
                   "blackmamba: quantile_balance: offset is float or double; keep router logits in accum_t<T>");
-    auto const experts = offset.extent(0);
-    check_shape("quantile_balance", "logits", logits, {-1, experts});
+    auto const experts = logits.extent(1);
+    check_shape("quantile_balance", "offset", offset, {experts});
     if (logits.size() == 0) return;
     check_that(how.top_k >= 1 && how.top_k <= experts, "quantile_balance", "top_k", std::to_string(how.top_k),
                "1 to " + std::to_string(experts));

@@ -4,6 +4,9 @@
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
 
+#include <cmath>
+#include <string>
+
 namespace blackmamba {
 
 enum class sinkhorn_mode {
@@ -65,13 +68,14 @@ struct sinkhorn {
                       options const& how = {}, optional_out<P, A, dyn, dyn> plan = {}) {
     static_assert(std::is_same_v<A, accum_t<A>>,
                   "blackmamba: sinkhorn: offset is float or double; keep router logits in accum_t<T>");
-    auto const rows = logits.extent(0), experts = offset.extent(0);
-    check_shape("sinkhorn", "logits", logits, {-1, experts});
+    auto const rows = logits.extent(0), experts = logits.extent(1);
+    check_shape("sinkhorn", "offset", offset, {experts});
     check_shape("sinkhorn", "result", result, {1});
     check_optional_shape("sinkhorn", "plan", plan, {rows, experts});
-    check_option(how.tolerance >= 0, "tolerance", how.tolerance);
-    check_option(how.max_passes >= 0, "max_passes", how.max_passes);
-    check_option(how.fixed_passes >= 0, "fixed_passes", how.fixed_passes);
+    check_option(how.tolerance >= 0, "tolerance", how.tolerance, "0 or more");
+    check_option(how.max_passes >= 0, "max_passes", how.max_passes, "0 or more");
+    check_option(how.fixed_passes >= 0, "fixed_passes", how.fixed_passes, "0 or more");
+    check_option(std::isfinite(how.beta), "beta", how.beta, "a finite number");
     if (experts == 0) return;
     scratch<P> memory(policy, scratch_bytes<A>(rows, experts));
     work<home<P>, A> space{memory.template allocate<A>(padded_rows(rows) * experts),
@@ -118,9 +122,9 @@ struct sinkhorn {
 
  private:
   template <class T>
-  static void check_option(bool right, char const* name, T got) {
+  static void check_option(bool right, char const* name, T got, char const* domain) {
     if (!right)
-      throw value_error(std::string("sinkhorn: ") + name + ": got " + std::to_string(got) + ", expected 0 or more");
+      throw value_error(std::string("sinkhorn: ") + name + ": got " + std::to_string(got) + ", expected " + domain);
   }
 };
 
