@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/cuda/named_barrier_cuda.cuh>
 #include <blackmamba/core/numeric.hpp>
 
 #include <cstdint>
@@ -57,11 +58,6 @@ __device__ __forceinline__ void publish_shared_writes() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
-}
-/// A barrier among `Threads` threads of the block, by number.
-template <int Number, int Threads>
-__device__ __forceinline__ void named_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"n"(Number), "n"(Threads) : "memory");
 }
 
 /// Starts the copy of a box of a tensor of rank 3 into shared memory; the barrier counts its bytes.
