@@ -25,6 +25,9 @@ inline constexpr bool rows_by_rows =
 
 template <bool AlongA, bool AlongB, class T, class TC>
 bool tensor_core_product(char const* op, device::cuda const& policy, product<T, T, TC> const& x) {
+  // Copies of 16 bytes begin at multiples of 8 in a stored row. A group begins anywhere: at a row, therefore.
+  if (x.groups.by == grouping::rows && !AlongA) return false;
+  if (x.groups.by == grouping::depth && (AlongA || AlongB)) return false;
   return (!portable_products && wgmma_product_if_possible<AlongA, AlongB>(op, policy, x)) ||
          mma_product_if_possible<AlongA, AlongB>(op, policy, x);
 }
@@ -56,7 +59,8 @@ void gemm(char const* op, device::cuda const& policy, product<TA, TB, TC> x, gem
 }
 
 /// Enqueues the products of all groups, whose sizes lie on the device. An element of C is summed in an order that
-/// depends on the layout and on whether there are few rows in all.
+/// depends on the layout and on whether there are few rows in all. Any layout will do; tensor cores take those in which
+/// groups begin at rows of the stored matrices.
 template <transpose TransposeA, transpose TransposeB, class TA, class TB, class TC>
 void gemm_groups(char const* op, device::cuda const& policy, product<TA, TB, TC> x) {
   if (x.m <= 0 || x.n <= 0 || x.groups.count <= 0) return;

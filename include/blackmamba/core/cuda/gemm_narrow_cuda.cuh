@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(256) narrow_rows_product(product<T, T, TC, Res
 /// Enqueues C = A B^T where it is narrow and aligned. False elsewhere.
 template <class T, class TC, class Result>
 bool narrow_product(char const* op, device::cuda const& policy, product<T, T, TC, Result> const& x) {
-  if (x.k <= 0 || x.k % 8 != 0 || row_alignment(x.a, x.lda, 0) < 16 ||
+  if (x.groups.by == grouping::depth || x.k <= 0 || x.k % 8 != 0 || row_alignment(x.a, x.lda, 0) < 16 ||
       row_alignment(x.b, x.ldb, x.groups.b_apart) < 16 || properties().major < 8)
     return false;
   bool const grouped = x.groups.by == grouping::rows;
