@@ -10,8 +10,10 @@ bool cuda_is_here() {
 }
 
 int run_on_cuda(arguments const& a) {
+  int current = 0;
   cudaDeviceProp device{};
-  bm::cuda::check("quickstart", cudaGetDeviceProperties(&device, 0));
+  bm::cuda::check("quickstart", cudaGetDevice(&current));
+  bm::cuda::check("quickstart", cudaGetDeviceProperties(&device, current));
   auto const peak = [] { return bm::cuda::device_memory().peak; };
 #if defined(QUICKSTART_SMALL_ONLY)
   if (a.size == "large") throw bm::value_error("quickstart: --size large: built for the tests; use examples/run.sh");
