@@ -1,8 +1,6 @@
 #include "support/files.hpp"
 #include "support/models.hpp"
 
-#include <filesystem>
-
 using namespace blackmamba;
 
 namespace {
@@ -32,7 +30,8 @@ TEST_CASE("generator: a state is a fork: two continuations of it agree") {
 }
 
 TEST_CASE("generator: a state that is saved and loaded goes on bit for bit") {
-  auto const path = (std::filesystem::temp_directory_path() / "blackmamba-state-test").string();
+  test::temporary_file const place;
+  std::string const& path = place.path;
   net_type net(1, make_policy());
   generator from(net), again(net);
   from.prefill(prompt);
@@ -54,7 +53,6 @@ TEST_CASE("generator: a state that is saved and loaded goes on bit for bit") {
   generator in_double(wide);
   auto third = in_double.state();
   CHECK(test::message_of<file_error>([&] { third.load(path); }) == path + ": a state in float32, expected float64");
-  std::filesystem::remove(path);
 }
 
 TEST_CASE("generator: a file with another state in it is turned away, and the state stays") {

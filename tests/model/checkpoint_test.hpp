@@ -3,14 +3,34 @@
 
 #include <blackmamba/model/checkpoint.hpp>
 
+#include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <sys/resource.h>
 
 using namespace blackmamba;
 
 namespace {
 template <class T = float, class Arch = test::tiny_blackmamba>
 using tiny_network = network<Arch, test_policy, T>;
+
+/// While it lives, this process' files grow to so many bytes and no further.
+struct full_disk {
+  explicit full_disk(std::uint64_t bytes) {
+    handler = std::signal(SIGXFSZ, SIG_IGN);
+    REQUIRE(getrlimit(RLIMIT_FSIZE, &before) == 0);
+    rlimit now = before;
+    now.rlim_cur = static_cast<rlim_t>(bytes);
+    REQUIRE(setrlimit(RLIMIT_FSIZE, &now) == 0);
+  }
+  ~full_disk() {
+    setrlimit(RLIMIT_FSIZE, &before);
+    std::signal(SIGXFSZ, handler);
+  }
+  rlimit before{};
+  void (*handler)(int) = nullptr;
+};
+
 }  // namespace
 
 TEST_CASE("checkpoint: weights survive the way to a file and back, in any storage type") {
@@ -58,14 +78,18 @@ TEST_CASE("checkpoint: what does not fit is named, and nothing is lost") {
             .starts_with("/no/such/folder/file: can't be written"));
 }
 
-TEST_CASE("checkpoint: a write that fails leaves the old file") {
-  test::temporary_file file;
+TEST_CASE("checkpoint: a write that fails leaves the old file and nothing else") {
+  test::temporary_folder const folder;
+  std::string const path = folder.path + "/weights";
   tiny_network<> net(1, make_policy());
-  save_weights(net, file.path);
-  auto const size = std::filesystem::file_size(file.path);
-  std::filesystem::create_directory(file.path + ".writing");  // the place beside is taken
-  CHECK_THROWS_AS(save_weights(net, file.path), file_error);
-  std::filesystem::remove(file.path + ".writing");
-  CHECK(std::filesystem::file_size(file.path) == size);
-  load_weights(net, file.path);
+  save_weights(net, path);
+  auto const size = std::filesystem::file_size(path);
+  {
+    full_disk const disk(size / 2);
+    CHECK(test::message_of<file_error>([&] { save_weights(net, path); })
+              .starts_with(path + ": can't be written: "));
+  }
+  CHECK(folder.size() == 1);
+  CHECK(std::filesystem::file_size(path) == size);
+  load_weights(net, path);
 }

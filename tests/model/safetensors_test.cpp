@@ -1,3 +1,4 @@
+#include "support/files.hpp"
 #include "support/policy_cpu.hpp"
 #include "support/support.hpp"
 
@@ -11,8 +12,6 @@ using namespace blackmamba;
 
 namespace {
 
-std::string const path = (std::filesystem::temp_directory_path() / "blackmamba-safetensors-test").string();
-
 std::string parse(std::string const& header, std::uint64_t bytes) {
   return test::message_of<file_error>([&] { safetensors::parse_header(header, bytes, "f"); });
 }
@@ -20,6 +19,8 @@ std::string parse(std::string const& header, std::uint64_t bytes) {
 }  // namespace
 
 TEST_CASE("safetensors: what is written is read") {
+  test::temporary_file const place;
+  std::string const& path = place.path;
   std::vector<float> const a = {1, -2, 3.5f, 0, 1e30f, -1e-30f};
   std::vector<std::int64_t> const b = {-7, std::int64_t{1} << 40};
   {
@@ -49,10 +50,11 @@ TEST_CASE("safetensors: what is written is read") {
   std::vector<bfloat16> narrow(6);
   file.read("a", narrow.data(), 6);
   CHECK(static_cast<float>(narrow[1]) == -2.0f);
-  std::filesystem::remove(path);
 }
 
 TEST_CASE("safetensors: the data starts at a multiple of 8 bytes, as the format asks") {
+  test::temporary_file const place;
+  std::string const& path = place.path;
   for (int n = 1; n < 12; ++n) {
     {
       safetensors::writer file(path);
@@ -63,20 +65,51 @@ TEST_CASE("safetensors: the data starts at a multiple of 8 bytes, as the format 
     }
     CHECK((std::filesystem::file_size(path) - 4) % 8 == 0);
   }
-  std::filesystem::remove(path);
 }
 
 TEST_CASE("safetensors: a file that is not finished does not appear") {
-  std::filesystem::remove(path);
+  test::temporary_folder const folder;
+  std::string const path = folder.path + "/file";
   {
     safetensors::writer file(path);
     file.declare<float>("a", {2});
     float const x = 1;
     file.write(&x, 1);
+    CHECK(folder.size() == 1);  // beside its place
+    CHECK(!std::filesystem::exists(path));
     CHECK(test::message_of<file_error>([&] { file.finish(); }) == path + ": wrote 4 bytes of tensors, declared 8");
   }
-  CHECK(!std::filesystem::exists(path));
-  CHECK(!std::filesystem::exists(path + ".writing"));
+  CHECK(folder.size() == 0);
+}
+
+TEST_CASE("safetensors: of two that write one path at a time the last to finish stays, whole") {
+  test::temporary_folder const folder;
+  std::string const path = folder.path + "/file";
+  std::vector<float> const numbers = {1, 2}, others = {3, 4};
+  safetensors::writer first(path), second(path);
+  for (auto* file : {&first, &second}) file->declare<float>("a", {2});
+  first.write(numbers.data(), 2);
+  second.write(others.data(), 1);
+  first.finish();
+  second.write(others.data() + 1, 1);
+  std::vector<float> found(2);
+  safetensors::reader(path).read("a", found.data(), 2);
+  CHECK(found == numbers);
+  second.finish();
+  safetensors::reader(path).read("a", found.data(), 2);
+  CHECK(found == others);
+  CHECK(folder.size() == 1);
+}
+
+TEST_CASE("safetensors: a large file of another kind is refused before its first bytes are taken for a length") {
+  test::temporary_file const place;
+  std::uint64_t const length = 100'000'001;
+  std::ofstream out(place.path, std::ios::binary);
+  for (int i = 0; i < 8; ++i) out.put(static_cast<char>(length >> (8 * i) & 255));
+  out.close();
+  std::filesystem::resize_file(place.path, 8 + length);  // takes no space
+  CHECK(test::message_of<file_error>([&] { safetensors::reader file(place.path); }) ==
+        place.path + ": not a safetensors file: its header claims 100000001 bytes, expected at most 100000000");
 }
 
 TEST_CASE("safetensors: damaged headers are named") {

@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/durable_file.hpp>
 #include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
 
@@ -31,6 +32,10 @@ struct header {
   std::map<std::string, tensor_info> tensors;
   std::map<std::string, std::string> metadata;
 };
+
+/// Longer headers are refused, as the format's reference implementation does: a file of another kind would have its
+/// first bytes taken for a length.
+inline constexpr std::uint64_t longest_header = 100'000'000;
 
 /// "F32" and so on for an element type.
 template <class T>
@@ -272,6 +277,9 @@ class reader {
     if (n > size - 8)
       throw file_error(path_ + ": not a safetensors file: its header claims " + std::to_string(n) +
                        " bytes, the file has " + std::to_string(size));
+    if (n > longest_header)
+      throw file_error(path_ + ": not a safetensors file: its header claims " + std::to_string(n) +
+                       " bytes, expected at most " + std::to_string(longest_header));
     std::string text(static_cast<std::size_t>(n), '\0');
     if (!in_.read(text.data(), static_cast<std::streamsize>(n))) throw file_error(path_ + ": can't be read");
     data_ = 8 + n;
@@ -292,14 +300,38 @@ class reader {
     if (found == header_.metadata.end()) throw file_error(path_ + ": has no metadata '" + key + "'");
     return found->second;
   }
-  /// Reads the tensor, converting between floating-point types; integers must be of the same type.
+  /// The same as a number from 0 to 2^53. @throws file_error
+  std::int64_t whole_number(std::string const& key) const {
+    std::string const text = metadata(key);
+    std::int64_t number = 0;
+    bool good = !text.empty() && text.size() <= 16;
+    for (char digit : text) {
+      good = good && digit >= '0' && digit <= '9';
+      if (good) number = number * 10 + (digit - '0');
+    }
+    if (!good || number > (std::int64_t{1} << 53))
+      throw file_error(path_ + ": " + key + ": got '" + text + "', expected a whole number");
+    return number;
+  }
+  /// Throws file_error unless read() takes the tensor: it is there, with so many elements of T or, where T is a
+  /// floating-point type, of any of those.
   template <class T>
-  void read(std::string const& name, T* to, std::int64_t count) {
+  void check(std::string const& name, std::int64_t count) const {
     tensor_info const& t = info(name);
     std::uint64_t const elements = (t.end - t.begin) / dtype_bytes(t.dtype);
     if (elements != static_cast<std::uint64_t>(count))
       throw file_error(path_ + ": tensor '" + name + "': got " + std::to_string(elements) + " elements, expected " +
                        std::to_string(count));
+    bool const floating = t.dtype == "F32" || t.dtype == "F64" || t.dtype == "BF16" || t.dtype == "F16";
+    if (t.dtype != dtype_name<T>() && !(storage<T> && floating))
+      throw file_error(path_ + ": tensor '" + name + "': got dtype " + t.dtype + ", expected " +
+                       (storage<T> ? "F32, F64, BF16 or F16" : dtype_name<T>()));
+  }
+  /// Reads the tensor, converting between floating-point types; integers must be of the same type.
+  template <class T>
+  void read(std::string const& name, T* to, std::int64_t count) {
+    check<T>(name, count);
+    tensor_info const& t = info(name);
     in_.clear();
     in_.seekg(static_cast<std::streamoff>(data_ + t.begin));
     if (t.dtype == dtype_name<T>()) {
@@ -312,7 +344,6 @@ class reader {
       if (t.dtype == "BF16") return converted<bfloat16>(name, to, count);
       if (t.dtype == "F16") return converted<half>(name, to, count);
     }
-    throw file_error(path_ + ": tensor '" + name + "': got dtype " + t.dtype + ", expected " + dtype_name<T>());
   }
 
  private:
@@ -337,19 +368,19 @@ class reader {
   safetensors::header header_;
 };
 
-/// Writes a file beside its place and renames it when all is there: an interrupted write leaves the old file as it was.
-/// Declare every tensor, then write their bytes in that order, then finish().
+/// Writes a file beside its place and renames it when all of it is on the disk: an interrupted write, even by a power
+/// failure, leaves the old file as it was. Of several that write one path at a time, the last to finish stays. Declare
+/// every tensor, then write their bytes in that order, then finish().
 class writer {
  public:
-  explicit writer(std::string path) : path_(std::move(path)), beside_(path_ + ".writing") {}
+  explicit writer(std::string path) : path_(std::move(path)), beside_(blackmamba::detail::name_beside(path_)) {}
   writer(writer const&) = delete;
   writer& operator=(writer const&) = delete;
   ~writer() {
-    if (out_.is_open()) {  // not finished: leave nothing behind
-      out_.close();
-      std::error_code ignored;
-      std::filesystem::remove(beside_, ignored);
-    }
+    if (!begun_) return;  // or finished
+    out_.close();
+    std::error_code ignored;
+    std::filesystem::remove(beside_, ignored);
   }
 
   void metadata(std::string const& key, std::string const& value) { metadata_[key] = value; }
@@ -362,25 +393,25 @@ class writer {
   }
   template <class T>
   void write(T const* data, std::int64_t count) {
-    if (!out_.is_open()) open();
+    if (!begun_) open();
     out_.write(reinterpret_cast<char const*>(data),
                static_cast<std::streamsize>(count) * static_cast<std::streamsize>(sizeof(T)));
     written_ += static_cast<std::uint64_t>(count) * sizeof(T);
   }
   void finish() {
-    if (!out_.is_open()) open();
+    if (!begun_) open();
     if (written_ != declared_bytes_)
       throw file_error(path_ + ": wrote " + std::to_string(written_) + " bytes of tensors, declared " +
                        std::to_string(declared_bytes_));
     out_.close();
     std::error_code failed;
-    if (!out_) failed = std::make_error_code(std::errc::io_error);
+    if (!out_ || !blackmamba::detail::reach_disk(beside_)) failed = std::make_error_code(std::errc::io_error);
     if (!failed) std::filesystem::rename(beside_, path_, failed);
-    if (failed) {
-      std::error_code ignored;
-      std::filesystem::remove(beside_, ignored);
-      throw file_error(path_ + ": can't be written: " + failed.message());
-    }
+    if (failed) throw file_error(path_ + ": can't be written: " + failed.message());
+    begun_ = false;
+    // The new name too; not every file system can, and the file is complete under one name or the other.
+    auto const folder = std::filesystem::path(path_).parent_path();
+    blackmamba::detail::reach_disk(folder.empty() ? std::string(".") : folder.string());
   }
 
  private:
@@ -414,6 +445,7 @@ class writer {
     text.append((8 - text.size() % 8) % 8, ' ');  // the format aligns the data with spaces
     out_.open(beside_, std::ios::binary | std::ios::trunc);
     if (!out_) throw file_error(path_ + ": can't be written: '" + beside_ + "' can't be created");
+    begun_ = true;
     unsigned char length[8];
     for (int i = 0; i < 8; ++i) length[i] = static_cast<unsigned char>(text.size() >> (8 * i));
     out_.write(reinterpret_cast<char const*>(length), 8);
@@ -423,6 +455,7 @@ class writer {
   std::string path_;
   std::string beside_;
   std::ofstream out_;
+  bool begun_ = false;  // something stands beside the path
   std::map<std::string, std::string> metadata_;
   std::vector<std::pair<std::string, tensor_info>> declared_;
   std::uint64_t declared_bytes_ = 0;
