@@ -7,6 +7,7 @@
 #include <blackmamba/core/math.hpp>
 #include <blackmamba/core/memory.hpp>
 #include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/packed.hpp>
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/random.hpp>
 #include <blackmamba/core/tensor.hpp>

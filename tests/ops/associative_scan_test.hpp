@@ -502,7 +502,7 @@ TEST_CASE("associative_scan: shapes that disagree are named") {
   CHECK(message(x, {.total = states}) == "associative_scan: total: got (3), expected (2)");
   auto const cu = to_policy(std::vector<std::int64_t>{0, 2, 5}, 3);
   CHECK(message(x, {.cu_seqlens = cu}) ==
-        "associative_scan: cu_seqlens: got with 2 rows, expected one row of packed sequences");
+        "associative_scan: cu_seqlens: got a batch of 2 rows, expected one row of packed sequences");
   auto const none = to_policy(std::vector<std::int64_t>{0}, 1);
   auto const one_row = zeros<float>(make_policy(), 1, 5);
   CHECK(test::message_of<shape_error>([&] {

@@ -443,6 +443,9 @@ TEST_CASE("attention: shapes that disagree are named") {
   CHECK(test::message_of<shape_error>([&] {
           attention::forward(make_policy(), {.q = q2, .k = q2, .v = q2, .cu_seqlens = offsets}, y2);
         }) == "attention: cu_seqlens: got a batch of 2 rows, expected one row of packed sequences");
+  auto const none = test::upload<std::int64_t>(test::values{0}, 1);
+  CHECK(message(inputs{.q = q, .k = k, .v = k, .cu_seqlens = none}, {}) ==
+        "attention: cu_seqlens: got no sequences, expected some for 3 steps");
   auto y3 = test::poisoned<float>(1, 3, 4, 3);
   CHECK(test::message_of<shape_error>([&] { attention::forward(make_policy(), {.q = y3, .k = y3, .v = y3}, y3); }) ==
         "attention: head dimension: got 3, expected an even number from 2 to 256");

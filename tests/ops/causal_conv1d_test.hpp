@@ -369,7 +369,7 @@ TEST_CASE("causal_conv1d: what disagrees is named") {
         "causal_conv1d: final_state: got (1, 3, 4), expected (2, 2, 4)");
   auto const two = offsets({0, 1, 3});
   CHECK(message({.x = x, .weight = weight, .cu_seqlens = two}, y) ==
-        "causal_conv1d: x: got 2 rows, expected one row of packed sequences");
+        "causal_conv1d: cu_seqlens: got a batch of 2 rows, expected one row of packed sequences");
   CHECK(message({.x = row, .weight = weight, .initial_state = row, .cu_seqlens = two}, y_row) ==
         "causal_conv1d: initial_state: got (1, 3, 4), expected (2, 2, 4)");
   auto const none = offsets({0});

@@ -513,7 +513,7 @@ TEST_CASE("first_order_recurrence: shapes that disagree are named") {
   CHECK(forward({.a = x, .b = x, .initial_state = wrong_state}) ==
         "first_order_recurrence: initial_state: got (3, 3), expected (2, 3)");
   CHECK(forward({.a = x, .b = x, .cu_seqlens = cu}) ==
-        "first_order_recurrence: cu_seqlens: got with 2 rows, expected one row of packed sequences");
+        "first_order_recurrence: cu_seqlens: got a batch of 2 rows, expected one row of packed sequences");
   CHECK(backward({.a = x, .h = wrong, .d_h = x}) ==
         "first_order_recurrence.backward: h: got (2, 5, 4), expected (2, 5, 3)");
   CHECK(backward({.a = x, .h = x, .d_h = wrong}) ==

@@ -389,6 +389,9 @@ TEST_CASE("selective_scan: what disagrees is named") {
   in.cu_seqlens = offsets;
   if constexpr (std::is_same_v<test::test_space, space::host>)  // elsewhere offsets are not read on the way
     CHECK(message(in) == "selective_scan: cu_seqlens: got 1 at index 2, expected offsets that rise from 0 to 3");
+  auto const none = test::upload<std::int64_t>(values{0}, 1);
+  in.cu_seqlens = none;
+  CHECK(message(in) == "selective_scan: cu_seqlens: got no sequences, expected some for 3 steps");
   auto const two = test::upload<float>(values(24), 2, 3, 4), two_B = test::upload<float>(values(12), 2, 3, 2);
   auto y_two = test::poisoned<float>(2, 3, 4);
   selective_scan::inputs<test_policy, float, 2> const rows{.u = two, .delta = two, .A = A, .B = two_B, .C = two_B,

@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/packed.hpp>
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
 
@@ -94,13 +95,8 @@ class scan_shape {
       : op_(op), rank_(View::rank), batch_(result.extent(0)), length_(result.extent(1)) {
     if constexpr (View::rank == 3) channels_ = result.extent(2);
     if (!cu_seqlens.present()) return;
-    check_that(batch_ == 1, op, "cu_seqlens", "with " + std::to_string(batch_) + " rows",
-               "one row of packed sequences");
-    check_that(cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
-    packed_ = cu_seqlens.extent(0) - 1;
+    packed_ = check_packed(op, batch_, length_, cu_seqlens);
     is_packed_ = true;
-    check_that(packed_ > 0 || length_ == 0, op, "cu_seqlens", "no sequences",
-               "some for " + std::to_string(length_) + " steps");
   }
   scan_shape(int rank, std::int64_t batch, std::int64_t length, std::int64_t channels, std::int64_t packed)
       : rank_(rank), batch_(batch), length_(length), channels_(channels), packed_(packed), is_packed_(packed > 0) {}

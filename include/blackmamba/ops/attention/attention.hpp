@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/packed.hpp>
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
 
@@ -279,11 +280,7 @@ struct attention {
     check_shape(op, "q", in.q, {batch, length, heads, head_dim});
     check_shape(op, "k", in.k, {batch, length, kv_heads, head_dim});
     check_shape(op, "v", in.v, {batch, length, kv_heads, head_dim});
-    if (in.cu_seqlens.present()) {
-      check_that(batch == 1, op, "cu_seqlens", "a batch of " + std::to_string(batch) + " rows",
-                 "one row of packed sequences");
-      check_that(in.cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
-    }
+    check_packed(op, batch, length, in.cu_seqlens);
   }
   template <class Cache>
   static void check_cache(char const* op, Cache const& held, std::int64_t sequences, std::int64_t kv_heads,

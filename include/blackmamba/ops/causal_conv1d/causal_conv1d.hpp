@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/packed.hpp>
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
 
@@ -129,14 +130,7 @@ struct causal_conv1d {
                                    std::int64_t channels) {
     check_shape(op, "x", in.x, {batch, length, channels});
     check_taps(op, in, channels);
-    std::int64_t states = batch;
-    if (in.cu_seqlens.present()) {
-      check_that(batch == 1, op, "x", std::to_string(batch) + " rows", "one row of packed sequences");
-      check_that(in.cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "no offsets", "at least one");
-      states = in.cu_seqlens.extent(0) - 1;
-      check_that(states > 0 || length == 0, op, "cu_seqlens", "no sequences",
-                 "some for " + std::to_string(length) + " steps");
-    }
+    std::int64_t const states = check_packed(op, batch, length, in.cu_seqlens);
     check_optional_shape(op, "initial_state", in.initial_state, {states, in.weight.extent(1) - 1, channels});
     return states;
   }

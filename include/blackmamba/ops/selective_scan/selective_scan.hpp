@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/error.hpp>
 #include <blackmamba/core/numeric.hpp>
+#include <blackmamba/core/packed.hpp>
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_backward_tuning.hpp>
@@ -335,13 +336,7 @@ struct selective_scan {
     check_optional_shape(op, "D", in.D, {channels});
     check_optional_shape(op, "z", in.z, {batch, length, channels});
     check_optional_shape(op, "delta_bias", in.delta_bias, {channels});
-    std::int64_t states = batch;
-    if (in.cu_seqlens.present()) {
-      check_that(batch == 1, op, "cu_seqlens", "a batch of " + std::to_string(batch) + " rows",
-                 "one row of packed sequences");
-      check_that(in.cu_seqlens.extent(0) >= 1, op, "cu_seqlens", "(0)", "(sequences + 1)");
-      states = in.cu_seqlens.extent(0) - 1;
-    }
+    std::int64_t const states = check_packed(op, batch, length, in.cu_seqlens);
     check_optional_shape(op, "initial_state", in.initial_state, {states, channels, N});
     return states;
   }
