@@ -20,6 +20,9 @@ struct language_model {
                                "prenorm layers, or a type with the members that blackmamba::block asks for");
   using config = Config;
   static constexpr int d_model = Config::d_model;
+  static_assert(detail::block_width<Blocks>() == 0 || detail::block_width<Blocks>() == d_model,
+                "blackmamba: language_model: the layers' d_model is not that of the model's configuration; give both "
+                "the same");
   static constexpr int vocab = Config::vocab;
   using final_norm = norm_layer<FinalNorm, d_model>;
 

@@ -168,4 +168,15 @@ concept block = requires(typename B::template parameters<space::host, float> p, 
   B::visit(p, names, detail::ignore_visits{});
 };
 
+namespace detail {
+/// A block's width where it tells one (prenorm and what is made of it do), else 0: any.
+template <class Block>
+constexpr int block_width() {
+  if constexpr (requires { Block::d_model; })
+    return Block::d_model;
+  else
+    return 0;
+}
+}  // namespace detail
+
 }  // namespace blackmamba

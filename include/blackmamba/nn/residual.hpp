@@ -45,7 +45,8 @@ template <class Norm, class Mixer>
 struct prenorm {
   static_assert(mixer<Mixer>, "blackmamba: prenorm: the second argument is no mixer; give it the members that "
                               "blackmamba::mixer in nn/module.hpp asks for");
-  using norm = norm_layer<Norm, Mixer::d_model>;
+  static constexpr int d_model = Mixer::d_model;
+  using norm = norm_layer<Norm, d_model>;
 
   template <class S, storage T>
   struct parameters {
@@ -113,7 +114,8 @@ struct parallel {
                                       "the members that blackmamba::mixer in nn/module.hpp asks for");
   static_assert(A::d_model == B::d_model,
                 "blackmamba: parallel: the two mixers differ in d_model; give both the same");
-  using norm = norm_layer<Norm, A::d_model>;
+  static constexpr int d_model = A::d_model;
+  using norm = norm_layer<Norm, d_model>;
 
   template <class S, storage T>
   struct parameters {

@@ -2,6 +2,7 @@
 #include <blackmamba/nn/module.hpp>
 #include <blackmamba/nn/residual.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <tuple>
@@ -14,6 +15,10 @@ template <class... Blocks>
 struct stack {
   static_assert((block<Blocks> && ...), "blackmamba: stack: every argument must be a block: prenorm, parallel, stack, "
                                         "repeat, or a type with the members that blackmamba::block asks for");
+  static constexpr int d_model = std::max({0, detail::block_width<Blocks>()...});
+  static_assert(((detail::block_width<Blocks>() == 0 || detail::block_width<Blocks>() == d_model) && ...),
+                "blackmamba: stack: the blocks differ in d_model; give all of them the same");
+
   template <class S, storage T>
   struct parameters {
     std::tuple<typename Blocks::template parameters<S, T>...> part;
@@ -81,6 +86,8 @@ struct repeat {
   static_assert(N >= 1, "blackmamba: repeat: the count must be at least 1");
   static_assert(block<Block>, "blackmamba: repeat: the second argument must be a block: prenorm, parallel, stack, "
                               "repeat, or a type with the members that blackmamba::block asks for");
+  static constexpr int d_model = detail::block_width<Block>();
+
   template <class S, storage T>
   struct parameters {
     std::array<typename Block::template parameters<S, T>, static_cast<std::size_t>(N)> part;
