@@ -42,3 +42,16 @@ TEST_CASE("add: shapes that disagree are named") {
   CHECK(test::message_of<shape_error>([&] { add::forward(make_policy(), a, b, y); }) ==
         "add: b: got (3, 2), expected (2, 3)");
 }
+
+TEST_CASE("add: more elements than a device's threads have numbers for are turned away") {
+  if constexpr (!std::is_same_v<test::test_space, space::host>) {
+    auto const one = test::upload<float>(test::values(1), 1, 1);
+    std::int64_t const rows = std::int64_t{1} << 33;
+    // In packs, and one by one.
+    for (std::int64_t width : {std::int64_t{2048}, std::int64_t{2047}}) {
+      view<test::test_space, float, dyn, dyn> const large{one.data(), rows, width};
+      CHECK(test::message_of<shape_error>([&] { add::forward(make_policy(), large, large, large); }) ==
+            "add: got 1 rows of " + std::to_string(rows * width) + " elements, expected fewer on a device");
+    }
+  }
+}

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 /// Work on each element of matrices of one shape, whose rows may be strided.
 namespace blackmamba::cuda {
@@ -68,10 +69,15 @@ __global__ void __launch_bounds__(256)
 template <int N, int TilesOfAThread = 2, class Op>
 void launch_elements(char const* name, device::cuda const& policy, std::int64_t rows, std::int64_t width,
                      Op const& op) {
+  if (rows <= 0 || width <= 0) return;
   std::int64_t const packs = (width + N - 1) / N, column_tiles = (packs + 255) / 256;
   std::int64_t const across = (packs + column_tiles - 1) / column_tiles;  // even shares: no tile is nearly empty
   std::int64_t const down = std::max<std::int64_t>(1, 256 / across);
   std::int64_t const tiles = column_tiles * ((rows + down - 1) / down);
+  // Of more than 128 elements each: no device's memory holds so many.
+  if (tiles > 0xffffffff - TilesOfAThread)
+    throw shape_error(std::string(name) + ": got " + std::to_string(rows) + " rows of " + std::to_string(width) +
+                      " elements, expected fewer on a device");
   launch(name, policy,
          {blocks_for(tiles, TilesOfAThread), dim3(static_cast<unsigned>(across), static_cast<unsigned>(down))},
          detail::element_tiles<N, TilesOfAThread, Op>, op, rows, width, static_cast<std::uint32_t>(column_tiles),
