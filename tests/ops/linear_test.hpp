@@ -331,6 +331,14 @@ TEST_CASE("linear: scratch is what scratch_bytes says, and what a dry run measur
   }
 }
 
+TEST_CASE("linear: more shapes than are remembered at a time") {
+  auto const first = problem::make<float>({40, 24, 56}, false);
+  auto const before = run<float>(first);
+  for (std::int64_t rows = 1; rows <= 40; ++rows)
+    for (std::int64_t outputs = 17; outputs < 48; ++outputs) check_forward<float>({rows, 12, outputs}, false);
+  test::check_equal(run<float>(first), before, "the first one again");
+}
+
 TEST_CASE("linear: shapes that disagree are named") {
   auto const x = test::upload<float>(test::values(12), 3, 4);
   auto const weight = test::upload<float>(test::values(20), 5, 4);

@@ -60,7 +60,10 @@ class gemm_library {
       std::lock_guard const lock(mutex_);
       auto const key = key_of(op, x);
       auto found = plans_.find(key);
-      if (found == plans_.end()) found = plans_.emplace(key, make_plan(op, x)).first;
+      if (found == plans_.end()) {
+        if (plans_.size() >= most_plans) plans_.clear();
+        found = plans_.emplace(key, make_plan(op, x)).first;
+      }
       p = found->second;
     }
     if (!p.possible) return false;
@@ -79,6 +82,8 @@ class gemm_library {
   }
 
  private:
+  /// Shapes may differ from call to call: what is kept of them is bounded. Where there are more, all are made again.
+  static constexpr std::size_t most_plans = 1024;
   using plan_key = std::array<std::int64_t, 14>;
   struct hash {
     std::size_t operator()(plan_key const& key) const {
