@@ -112,6 +112,20 @@ TEST_CASE("selective_scan: step equals forward with any number of states") {
   check_step<float, 256>(1, 3, true);
 }
 
+TEST_CASE("selective_scan: groups of channels are whole packs") {
+  // 24 states: ten packs of 16 channels at most, which halving alone would split.
+  for (std::int64_t most : {160, 128, 48, 16})
+    for (std::int64_t wanted = 1; wanted <= 96; ++wanted) {
+      auto const width = selective_scan_tiles::group_width<16>(most, 1000, 2, wanted);
+      CHECK(width % 16 == 0);
+      CHECK(width >= 16);
+      CHECK(width <= most);
+      bool const shared_out = (1000 + width - 1) / width * 2 >= wanted || width == 16;
+      CHECK(shared_out);
+    }
+  CHECK(selective_scan_tiles::group_width<16>(160, 1000, 2, 40) == 48);
+}
+
 TEST_CASE("selective_scan: equals its definition in 10,000 random cases") {
   for (std::uint64_t seed = 1; seed <= test::trials(10000); ++seed) switch (seed % 6) {
       case 0: check_case<1>(seed); break;

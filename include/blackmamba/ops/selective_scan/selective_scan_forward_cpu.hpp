@@ -170,10 +170,11 @@ void backend<selective_scan, device::cpu>::forward(device::cpu const& policy,
                                  selective_scan::chunk_length);
   // Work is shared out by groups of channels, and within them by sequences. Groups are made narrower where the threads
   // would not all get work; no result depends on it.
-  std::int64_t width = worker::most_packs * worker::V::lanes;
-  auto const groups = [&] { return (channels + width - 1) / width; };
-  while (width > worker::V::lanes && groups() * sequences.count() < 2 * cpu::thread_count(policy.threads)) width /= 2;
-  cpu::parallel_for(policy.threads, groups() * sequences.count(), 1, [&](std::int64_t begin, std::int64_t end) {
+  constexpr int lanes = worker::V::lanes;
+  std::int64_t const width = selective_scan_tiles::group_width<lanes>(
+      worker::most_packs * lanes, channels, sequences.count(), 2 * cpu::thread_count(policy.threads));
+  std::int64_t const groups = (channels + width - 1) / width;
+  cpu::parallel_for(policy.threads, groups * sequences.count(), 1, [&](std::int64_t begin, std::int64_t end) {
     worker w(in, y, keep);
     std::int64_t group = -1;
     for (std::int64_t i = begin; i < end; ++i) {

@@ -95,11 +95,10 @@ void backend<selective_scan, device::cpu>::step(device::cpu const& policy,
                                                 host_view<accum_t<T>, dyn, dyn, dyn> state, host_view<T, dyn, dyn> y) {
   using worker = selective_scan_tiles::step_worker<T, N>;
   std::int64_t const batch = y.extent(0), channels = y.extent(1);
-  std::int64_t width = worker::most_channels;
-  auto const groups = [&] { return (channels + width - 1) / width; };
-  while (width > worker::V::lanes && groups() * batch < 4 * cpu::thread_count(policy.threads))
-    width = (width / 2 + worker::V::lanes - 1) / worker::V::lanes * worker::V::lanes;
-  cpu::parallel_for(policy.threads, groups() * batch, 1, [&](std::int64_t begin, std::int64_t end) {
+  std::int64_t const width = selective_scan_tiles::group_width<worker::V::lanes>(
+      worker::most_channels, channels, batch, 4 * cpu::thread_count(policy.threads));
+  std::int64_t const groups = (channels + width - 1) / width;
+  cpu::parallel_for(policy.threads, groups * batch, 1, [&](std::int64_t begin, std::int64_t end) {
     worker w(in);
     std::int64_t group = -1;
     for (std::int64_t i = begin; i < end; ++i) {

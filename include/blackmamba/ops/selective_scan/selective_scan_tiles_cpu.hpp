@@ -23,6 +23,17 @@ inline constexpr int chunk = 32;
 template <class A>
 inline constexpr int lanes = simd::width<A>;
 
+/// Channels that make a group, of which each sequence's are one piece of work: at most `most`, fewer where there would
+/// be less than `wanted` pieces. A multiple of Lanes, as `most` is.
+template <int Lanes>
+constexpr std::int64_t group_width(std::int64_t most, std::int64_t channels, std::int64_t sequences,
+                                   std::int64_t wanted) {
+  std::int64_t width = most;
+  while (width > Lanes && (channels + width - 1) / width * sequences < wanted)
+    width = (width / 2 + Lanes - 1) / Lanes * Lanes;
+  return width;
+}
+
 /// Calls f(0), ... f(N - 1) with integral constants: what is indexed by them lives in registers at any level of
 /// optimisation, where f itself is inlined.
 template <class F, int... I>
