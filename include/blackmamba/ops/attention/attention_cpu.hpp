@@ -256,7 +256,8 @@ struct backend<attention, device::cpu> {
   /// Cosines and sines at a position, directly.
   static void fill_angles(std::int64_t position, std::int64_t head_dim, float base, double* to) {
     for (std::int64_t m = 0; m < head_dim / 2; ++m) {
-      double const angle = static_cast<double>(position) * attention_math::rotary_frequency(m, head_dim, double{base});
+      double const frequency = attention_math::rotary_frequency(m, head_dim, static_cast<double>(base));
+      double const angle = static_cast<double>(position) * frequency;
       to[m] = std::cos(angle);
       to[head_dim / 2 + m] = std::sin(angle);
     }

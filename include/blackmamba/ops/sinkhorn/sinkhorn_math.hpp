@@ -35,7 +35,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE double sinkhorn_error(double marginal, std::int6
 
 /// log of a sum of exponentials, without overflow or underflow.
 struct log_sum {
-  double largest = -INFINITY, sum = 0;  // the value is largest + log(sum)
+  double largest = static_cast<double>(-INFINITY), sum = 0;  // the value is largest + log(sum)
 
   BLACKMAMBA_HD void add(double x) { merge({x, 1}); }
   BLACKMAMBA_HD void merge(log_sum other) {
