@@ -17,7 +17,7 @@ source "$root/.ci/packages.sh"
 
 own_text=no
 for argument in "$@"; do
-  if [[ $argument == --text || $argument == --text=* ]]; then own_text=yes; fi
+  if [[ $argument == --text ]]; then own_text=yes; fi
 done
 
 needed=(g++:g++ cmake:cmake ninja:ninja-build xz:xz-utils libeigen3-dev)

@@ -1,11 +1,15 @@
 #pragma once
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <unordered_map>
 
 /// What is known of a text without a model: the marks that a model's bits per byte are read against.
@@ -34,18 +38,21 @@ inline double conditional_entropy(std::string const& bytes, int order) {
 
 /// Bits per byte of `xz -9` on the text; nothing where xz is not installed.
 inline std::optional<double> xz_bits_per_byte(std::string const& bytes) {
-  char path[] = "/tmp/blackmamba-xz-XXXXXX";
-  int const file = mkstemp(path);
+  std::error_code none;
+  std::string path = (std::filesystem::temp_directory_path(none) / "blackmamba-xz-XXXXXX").string();
+  if (none || path.find('\'') != std::string::npos) return {};  // it is quoted for the shell
+  int const file = mkstemp(path.data());
   if (file < 0) return {};
+  close(file);
   std::ofstream(path, std::ios::binary) << bytes;
   std::optional<double> bits;
-  if (FILE* pipe = popen(("xz -9 -c " + std::string(path) + " 2>/dev/null | wc -c").c_str(), "r")) {
+  if (FILE* pipe = popen(("xz -9 -c '" + path + "' 2>/dev/null | wc -c").c_str(), "r")) {
     long long packed = 0;
     if (std::fscanf(pipe, "%lld", &packed) == 1 && packed > 0 && !bytes.empty())
       bits = 8.0 * static_cast<double>(packed) / static_cast<double>(bytes.size());
     pclose(pipe);
   }
-  std::remove(path);
+  std::remove(path.c_str());
   return bits;
 }
 
