@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -28,17 +29,47 @@ struct arguments {
   std::string checkpoint = "quickstart.safetensors";
 };
 
-/// Rows of length + 1 bytes that follow one another, as many as fill whole batches (at most `most` rows).
+/// Rows of length + 1 bytes, the first byte of each the last of the one before: whole batches of them, from all over the
+/// held-out text where not all are taken, because they would not fill a batch or are more than `most`.
 inline bm::token_batch windows(std::string const& bytes, std::int64_t length, std::int64_t batch, std::int64_t most) {
-  std::int64_t rows = std::min((static_cast<std::int64_t>(bytes.size()) - 1) / length, most) / batch * batch;
+  std::int64_t const all = (static_cast<std::int64_t>(bytes.size()) - 1) / length;
+  std::int64_t const rows = std::min(all, most) / batch * batch;
   if (rows <= 0)
-    throw bm::value_error("quickstart: the held-out text has " + std::to_string(bytes.size()) +
-                          " bytes, expected at least " + std::to_string(batch * length + 1));
+    throw bm::value_error("quickstart: the texts' held-out tenth has " + std::to_string(bytes.size()) +
+                          " bytes, expected at least " + std::to_string(batch * length + 1) +
+                          " (one batch); give it a text of " + std::to_string(10 * (batch * length + 1)) +
+                          " bytes or more");
   bm::token_batch t(rows, length + 1);
   for (std::int64_t r = 0; r < rows; ++r)
     for (std::int64_t i = 0; i <= length; ++i)
-      t(r, i) = static_cast<unsigned char>(bytes[static_cast<std::size_t>(r * length + i)]);
+      t(r, i) = static_cast<unsigned char>(bytes[static_cast<std::size_t>(r * all / rows * length + i)]);
   return t;
+}
+
+/// What a model makes of text that it has not seen.
+struct measurement {
+  double bits = 0;  // per byte
+  std::vector<bm::expert_statistics> experts;  // their load over all of it
+};
+/// Evaluates batch after batch, because the network counts the tokens of each expert in one.
+template <class Network>
+measurement measure(bm::trainer<Network>& train, bm::token_batch const& held_out) {
+  measurement m;
+  std::int64_t const batch = train.options().batch, rows = held_out.extent(0);
+  for (std::int64_t r = 0; r < rows; r += batch) {
+    double const share = static_cast<double>(batch) / static_cast<double>(rows);
+    m.bits += train.evaluate(held_out.slice(r, batch)) / std::log(2.0) * share;
+    auto const of_batch = bm::expert_statistics_of(train.network());
+    if (r == 0) {
+      m.experts = of_batch;
+      continue;
+    }
+    for (std::size_t i = 0; i < of_batch.size(); ++i) {
+      m.experts[i].unrouted += of_batch[i].unrouted;
+      std::ranges::transform(m.experts[i].load, of_batch[i].load, m.experts[i].load.begin(), std::plus<>());
+    }
+  }
+  return m;
 }
 
 inline double busiest(std::vector<bm::expert_statistics> const& layers) {
@@ -89,6 +120,9 @@ int run(arguments const& a, std::string const& place, std::function<std::size_t(
   constexpr std::int64_t batch = Model::batch, length = Model::length;
   std::int64_t const steps = a.steps > 0 ? a.steps : Model::steps;
   a.corpus.check_length(length + 1);
+  std::string const held_out_text = a.corpus.held_out();
+  // At most half a million bytes are measured: seconds beside the minutes of training.
+  bm::token_batch const held_out = windows(held_out_text, length, batch, (1 << 19) / length);
 
   network_type network(a.seed);
   auto const count = bm::count_parameters<typename network_type::arch>();
@@ -111,13 +145,14 @@ int run(arguments const& a, std::string const& place, std::function<std::size_t(
   auto const training_load = bm::expert_statistics_of(network);
   double const tokens_per_second = static_cast<double>(steps * batch * length) / bar.seconds();
 
-  double const bits = train.evaluate(windows(a.corpus.held_out(), length, batch, 1024)) / std::log(2.0);
+  auto const [bits, held_out_load] = measure(train, held_out);
   double const h0 = text::conditional_entropy(a.all_text, 0), h1 = text::conditional_entropy(a.all_text, 1),
                h2 = text::conditional_entropy(a.all_text, 2);
   auto const xz = text::xz_bits_per_byte(a.all_text);
-  std::printf("\nbits per byte: %.3f held out; the text's entropy of order 0: %.3f, 1: %.3f, 2: %.3f; xz -9: %s\n",
-              bits, h0, h1, h2, xz ? std::to_string(*xz).substr(0, 5).c_str() : "not installed");
-  auto const held_out_load = bm::expert_statistics_of(network);
+  std::printf("\nbits per byte: %.3f on %lld of %lld held-out bytes; the text's entropy of order 0: %.3f, 1: %.3f, "
+              "2: %.3f; xz -9: %s\n",
+              bits, static_cast<long long>(held_out.extent(0) * length), static_cast<long long>(held_out_text.size()),
+              h0, h1, h2, xz ? std::to_string(*xz).substr(0, 5).c_str() : "not installed");
   show_experts(training_load, held_out_load);
 
   std::string const prompt = "In the beginning ";
