@@ -17,12 +17,12 @@ namespace {
 
 constexpr std::int64_t limit = std::int64_t{1} << 31, last = 5;
 
-/// Says so and returns false where the device has less memory free.
+/// Skips the test case and returns false where the device has less memory free.
 bool fits(double gigabytes) {
   std::size_t free = 0, total = 0;
   REQUIRE(cudaMemGetInfo(&free, &total) == cudaSuccess);
   if (static_cast<double>(free) > gigabytes * 1e9) return true;
-  MESSAGE("skipped: needs ", gigabytes, " GB of device memory");
+  test::skip_case(std::to_string(static_cast<int>(gigabytes)) + " GB of free device memory");
   return false;
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include <string>
 
 namespace test {
 
@@ -12,5 +13,9 @@ namespace test {
 ///
 /// @returns true, so that it can initialise a variable
 bool require_device(char const* device, bool (*present)());
+
+/// Says that the running test case wants what this machine has not; the case then returns. A program of which every
+/// case that ran says so returns 77 as well.
+void skip_case(std::string const& wanted);
 
 }  // namespace test
