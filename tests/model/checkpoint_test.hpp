@@ -72,6 +72,13 @@ TEST_CASE("checkpoint: what does not fit is named, and nothing is lost") {
         file.path + ": holds weights without a trainer's state; load it with load_weights");
   std::filesystem::resize_file(file.path, std::filesystem::file_size(file.path) - 8);
   CHECK(load().find("it is truncated or damaged") != std::string::npos);
+
+  // The last tensor alone is of a type that is no weight's.
+  tiny_network<> other(2, make_policy());
+  save_weights(other, file.path);
+  std::string const name = "decoder.final_layernorm.weight";
+  test::change_header(file.path, [&](std::string& h) { test::replace_after(h, "\"" + name, "F32", "I32"); });
+  CHECK(load() == file.path + ": tensor '" + name + "': got dtype I32, expected F32, F64, BF16 or F16");
   test::check_equal(test::weights_of(net), before);
 
   CHECK(test::message_of<file_error>([&] { save_weights(net, "/no/such/folder/file"); })

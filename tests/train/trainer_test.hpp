@@ -77,6 +77,106 @@ TEST_CASE_TEMPLATE("trainer: a run that is saved and loaded goes on bit for bit"
   test::check_equal(test::download(after.memory().buffers()), test::download(straight.memory().buffers()), "buffers");
 }
 
+TEST_CASE_TEMPLATE("trainer: a file that does not fit is named, and changes nothing, bit for bit", T, float, bfloat16) {
+  test::temporary_file file, before, after;
+  tiny_network<T> net(1, make_policy()), other(2, make_policy());
+  trainer train(net, options), another(other, options);
+  train.step(batch(0));
+  for (std::int64_t k = 0; k < 3; ++k) another.step(batch(k));
+  train.save(before.path);
+  auto const attempt = [&](std::string const& behind, std::string const& from, std::string const& to) {
+    another.save(file.path);
+    test::change_header(file.path, [&](std::string& header) { test::replace_after(header, behind, from, to); });
+    auto const message = test::message_of<file_error>([&] { train.load(file.path); });
+    train.save(after.path);
+    bool const same = test::bytes_of(after.path) == test::bytes_of(before.path);
+    CHECK_MESSAGE(same, "something changed: " << message);
+    REQUIRE(message.starts_with(file.path + ": "));
+    return message.substr(file.path.size() + 2);
+  };
+  CHECK(attempt("", "blackmamba training 2", "blackmamba training 1") ==
+        "format: got 'blackmamba training 1', expected 'blackmamba training 2'");
+  CHECK(attempt("", "\"step\":\"3\"", "\"step\":\"-3\"") == "step: got '-3', expected a whole number");
+  CHECK(attempt("", "\"step\":\"3\"", "\"step\":\"\"") == "step: got '', expected a whole number");
+  CHECK(attempt("\"storage\":", type_name<T>(), "int8") ==
+        "storage: got 'int8', expected float32, float64, bfloat16 or float16");
+  std::string const what = "; build the trainer with the file's, or load its weights alone with load_weights";
+  CHECK(attempt("\"batch\":", "4", "8") == "batch: got 8, expected 4" + what);
+  CHECK(attempt("\"length\":", "16", "32") == "length: got 32, expected 16" + what);
+  CHECK(attempt("\"accumulation\":", "1", "2") == "accumulation: got 2, expected 1" + what);
+  // The last tensors that are read.
+  std::string const name = "second_moment/decoder.final_layernorm.weight";
+  CHECK(attempt("\"" + name, "F32", "I32") ==
+        "tensor '" + name + "': got dtype I32, expected F32, F64, BF16 or F16");
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    auto const count = net.memory().matrices().size();
+    CHECK(attempt("\"master/matrices", "F32", "I32") ==
+          "tensor 'master/matrices': got dtype I32, expected F32, F64, BF16 or F16");
+    CHECK(attempt("\"master/matrices", "F32\",\"shape\":[" + std::to_string(count),
+                  "F64\",\"shape\":[" + std::to_string(count / 2)) ==
+          "tensor 'master/matrices': got " + std::to_string(count / 2) + " elements, expected " +
+              std::to_string(count));
+    CHECK(attempt("", "\"master/matrices", "\"master/matrix") == "has no tensor 'master/matrices'");
+  }
+  another.save(file.path);
+  train.load(file.path);  // nothing of all that is in the way
+  CHECK(train.step_count() == 3);
+}
+
+TEST_CASE("trainer: weights of 16 bits that are loaded are those that it goes on from") {
+  test::temporary_file weights, state;
+  tiny_network<bfloat16> from(1, make_policy()), net(2, make_policy()), again(3, make_policy());
+  trainer train(net, test::still(options.batch, options.length)), resumed(again, train.options());
+  train.step(batch(0));
+  save_weights(from, weights.path);
+  load_weights(net, weights.path);
+  auto const matrices = [](auto const& n) { return test::download(n.memory().matrices()); };
+  SUBCASE("in the next step") {}
+  SUBCASE("in a file that is saved before it") {
+    train.save(state.path);
+    resumed.load(state.path);
+    resumed.step(batch(1));  // without learning, it writes its masters
+    test::check_equal(matrices(again), matrices(from));
+  }
+  train.step(batch(1));
+  test::check_equal(matrices(net), matrices(from));
+}
+
+TEST_CASE("trainer: two of one network with masters of their own go on from each other's weights") {
+  tiny_network<bfloat16> net(1, make_policy());
+  trainer a(net, options), b(net, test::still(options.batch, options.length));
+  for (std::int64_t k = 0; k < 3; ++k) a.step(batch(k));
+  auto const trained = test::download(net.memory().matrices());
+  b.step(batch(3));
+  test::check_equal(test::download(net.memory().matrices()), trained);
+}
+
+TEST_CASE("trainer: a file goes on in another storage type; masters, where it has them, are the weights") {
+  test::temporary_file file;
+  tiny_network<bfloat16> narrow(1, make_policy()), narrow_again(2, make_policy());
+  tiny_network<> wide(3, make_policy());
+  trainer train_narrow(narrow, options), train_narrow_again(narrow_again, options);
+  trainer train_wide(wide, options);
+  auto const matrices = [](auto const& n) { return test::download(n.memory().matrices()); };
+  for (std::int64_t k = 0; k < 3; ++k) train_narrow.step(batch(k));
+  train_narrow.save(file.path);
+  train_wide.load(file.path);
+  CHECK(train_wide.step_count() == 3);
+  auto const masters = matrices(wide), weights = matrices(narrow);
+  test::check_equal(test::rounded<bfloat16>(masters), weights);
+  CHECK(masters != weights);
+
+  train_wide.save(file.path);
+  train_narrow_again.load(file.path);
+  test::check_equal(matrices(narrow_again), weights);
+  test::check_equal(test::download(narrow_again.memory().vectors()), test::download(wide.memory().vectors()));
+  // Its masters are the file's weights, rounded: three roundings of 2^-9 lie between the two's next weights.
+  auto const expected = train_narrow.step(batch(3)), actual = train_narrow_again.step(batch(3));
+  CHECK(actual.loss == expected.loss);
+  CHECK(actual.step == 4);
+  test::check_close(matrices(narrow_again), matrices(narrow), 0x1p-7);
+}
+
 TEST_CASE("trainer: loss is a mean over tokens, evaluation needs whole batches") {
   tiny_network<> net(1, make_policy());
   trainer train(net, options);
@@ -109,8 +209,6 @@ TEST_CASE("trainer: a loss that is not finite is reported and changes nothing") 
   trainer train(net, options);
   train.step(batch(0));
   // A NaN in the final norm reaches every logit.
-  auto poisoned = test::weights_of(net);
-  poisoned[poisoned.size() - 64] = std::nan("");
   auto const good = test::weights_of(net);
   net.memory().visit([&](entry const& e, auto& x) {
     if (e.name == "decoder.final_layernorm.weight") {

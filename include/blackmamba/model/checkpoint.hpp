@@ -6,6 +6,7 @@
 
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace blackmamba {
@@ -39,8 +40,8 @@ void write_tensors(safetensors::writer& file, Memory const& memory, P const& pol
   });
 }
 
-/// Compares a file's tensors with those that a memory expects; the first difference, in the model's order, is the
-/// message.
+/// Compares a file's tensors with those that a memory expects, shapes and types; the first difference, in the model's
+/// order, is the message.
 template <class Network, class Memory>
 void check_tensors(safetensors::reader const& file, Memory const& memory, std::string const& prefix, bool buffers_too) {
   std::map<std::string, bool> known;
@@ -66,24 +67,46 @@ void check_tensors(safetensors::reader const& file, Memory const& memory, std::s
     if (essential(shape) != essential(e.extents))
       throw file_error(file.path() + ": holds another model: tensor '" + name + "': got " + shape_text(shape) +
                        ", expected " + shape_text(e.extents));
+    if constexpr (storage<T>) file.check<T>(name, x.size());
   });
   for (auto const& [name, info] : file.header().tensors)
     if (name.starts_with(prefix) && (prefix != "" || name.find('/') == std::string::npos) && !known.contains(name))
       throw file_error(file.path() + ": holds another model: tensor '" + name + "': got " + shape_text(info.shape) +
                        ", expected none");
 }
-template <class Network, class Memory, device_policy P>
-void read_tensors(safetensors::reader& file, Memory const& memory, std::string const& prefix, P const& policy) {
-  Network::each_tensor_of(memory, [&](entry const& e, auto const& x) {
-    using T = typename std::remove_cvref_t<decltype(x)>::value_type;
-    if constexpr (storage<T>)
-      if (x.present() && stored_in_checkpoint<T>(e.what) && file.header().tensors.contains(prefix + e.name)) {
-        tensor<space::host, T, dyn> host(x.size());
-        file.read(prefix + e.name, host.data(), host.size());
-        blackmamba::memory::upload(policy, host.as_view(), x);
-      }
-  });
-}
+/// A file's tensors for a memory, in host memory: read, and converted to the memory's types, in whole before the first
+/// is written, so that a file that can't be read changes nothing.
+template <class Network, class Memory>
+class staged_tensors {
+ public:
+  staged_tensors(safetensors::reader& file, Memory const& memory, std::string const& prefix) : memory_(memory) {
+    Network::each_tensor_of(memory, [&](entry const& e, auto const& x) {
+      using T = typename std::remove_cvref_t<decltype(x)>::value_type;
+      if constexpr (storage<T>)
+        if (x.present() && stored_in_checkpoint<T>(e.what) && file.header().tensors.contains(prefix + e.name)) {
+          bytes host(x.size() * static_cast<std::int64_t>(sizeof(T)));
+          file.read(prefix + e.name, reinterpret_cast<T*>(host.data()), x.size());
+          tensors_.emplace(e.name, std::move(host));
+        }
+    });
+  }
+  /// Writes them to the memory.
+  template <device_policy P>
+  void upload(P const& policy) const {
+    Network::each_tensor_of(memory_, [&](entry const& e, auto const& x) {
+      using T = typename std::remove_cvref_t<decltype(x)>::value_type;
+      if constexpr (storage<T>)
+        if (auto const found = tensors_.find(e.name); found != tensors_.end())
+          blackmamba::memory::upload(
+              policy, view<space::host, T const, dyn>(reinterpret_cast<T const*>(found->second.data()), x.size()), x);
+    });
+  }
+
+ private:
+  using bytes = tensor<space::host, unsigned char, dyn>;
+  Memory const& memory_;
+  std::map<std::string, bytes> tensors_;
+};
 
 }  // namespace detail
 
@@ -99,14 +122,18 @@ void save_weights(Network const& network, std::string const& path) {
 }
 
 /// Reads weights of any floating-point type into a network's storage type. Every tensor must be there with the
-/// network's shape, and no other; tensors named "…/…" (a trainer's state) are passed over. On error the network is as
-/// it was.
+/// network's shape, and no other; tensors named "…/…" (a trainer's state) are passed over. A trainer of the network
+/// goes on from the new weights with the moments that it has. The file is checked and read in whole, into as much host
+/// memory as the weights take, before the first weight changes: where file_error or workspace_error is thrown, the
+/// network is as it was.
 /// @throws file_error naming the first tensor that differs, got and expected
 template <class Network>
 void load_weights(Network& network, std::string const& path) {
   safetensors::reader file(path);
   detail::check_tensors<Network>(file, network.memory(), "", false);
-  detail::read_tensors<Network>(file, network.memory(), "", network.policy());
+  detail::staged_tensors<Network, typename Network::memory_type> const staged(file, network.memory(), "");
+  network.weights_changed();
+  staged.upload(network.policy());
 }
 
 }  // namespace blackmamba

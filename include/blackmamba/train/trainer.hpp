@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace blackmamba {
@@ -38,8 +39,9 @@ struct step_report {
 /// Trains a network: forward, backward, AdamW. All memory is taken when the trainer is built, its size found by a dry
 /// run of the same step; after the second a step allocates nothing on the device.
 ///
-/// Weights in 16-bit storage have fp32 masters here; gradients, moments and the residual stream are fp32 (double for
-/// double).
+/// Weights in 16-bit storage have fp32 masters here, taken from the network's weights when the trainer is built and
+/// again whenever others change those (network::version). Gradients, moments and the residual stream are fp32 (double
+/// for double).
 ///
 /// Bytes, with t = sizeof(T), a = sizeof(accum_t<T>), P parameters, d_inner = expand d_model: the network t P
 /// and the trainer 3 a P (a P more of masters where t < a); activations for each token of the batch of
@@ -75,7 +77,7 @@ class trainer {
         workspace_(measure()) {
     if constexpr (has_masters) {
       master_ = tensor<S, A, dyn>(network.memory().matrices().size());
-      memory::copy(network.policy(), network.memory().matrices(), master_.as_view());
+      take_masters();
     }
   }
 
@@ -90,7 +92,9 @@ class trainer {
     adamw::options const how = optimizer_options(report);
     memory::upload(policy, host_view<double const, dyn>(adamw::schedule_of(how).data(), 3), schedule_.as_view());
     A const scale = static_cast<A>(1.0 / static_cast<double>(tokens.extent(0) * options_.length));
+    follow_weights();
     recorded_.run(policy, [&](P const& p) { optimizer_step(p, scale, how); });
+    changed_weights();
     tensor<space::host, A, dyn> losses(options_.accumulation), norm(1);
     memory::download(policy, losses_.as_view(), losses.as_view());
     memory::download(policy, norm_.as_view(), norm.as_view());
@@ -106,7 +110,7 @@ class trainer {
   }
 
   /// Mean of -ln p(next token) over tokens (rows, length + 1), rows a multiple of the batch; nothing is learned and no
-  /// balance rule acts. Tokens per expert are recorded in the network.
+  /// balance rule acts. Tokens per expert are recorded in the network, those of the last batch.
   double evaluate(host_view<std::int32_t const, dyn, dyn> tokens) {
     check_shape("trainer.evaluate", "tokens", tokens, {-1, options_.length + 1});
     check_that(tokens.extent(0) % options_.batch == 0, "trainer.evaluate", "tokens",
@@ -139,14 +143,17 @@ class trainer {
   /// Bytes of the arena, found by the dry run.
   std::size_t workspace_bytes() const { return workspace_.capacity(); }
 
-  /// Writes weights, balance offsets, masters, moments and the step. A run that continues from the file goes on bit for
-  /// bit. The file appears whole or not at all. @throws file_error
+  /// Writes weights, balance offsets, masters, moments and the step, and what a step is made of: storage type, batch,
+  /// length and accumulation. A run that continues from the file with the same options goes on bit for bit, with the
+  /// examples from step_count() * batch * accumulation on. The file appears whole or not at all. @throws file_error
   void save(std::string const& path) const {
+    follow_weights();
     safetensors::writer file(path);
     P const policy = network_.policy();
-    file.metadata("format", "blackmamba training 1");
+    file.metadata("format", file_format);
+    file.metadata("storage", type_name<T>());
     file.metadata("step", std::to_string(step_));
-    file.metadata("seed", std::to_string(network_.seed()));
+    for (auto const& [name, value] : step_sizes()) file.metadata(name, std::to_string(value));
     detail::declare_tensors<Network>(file, network_.memory(), "");
     detail::declare_tensors<Network>(file, first_moment_, "first_moment/");
     detail::declare_tensors<Network>(file, second_moment_, "second_moment/");
@@ -161,36 +168,89 @@ class trainer {
     }
     file.finish();
   }
-  /// Continues from a file that save() wrote. On error nothing has changed.
-  /// @throws file_error naming the first tensor that differs, got and expected
+  /// Continues from a file that save() wrote, with any storage type and on any device: masters, where the file has
+  /// them, are the weights of a trainer without; a trainer with masters takes a file's weights as these where it has
+  /// none. Batch, length and accumulation must be the file's; the other options may differ.
+  ///
+  /// The file is checked and read in whole, into as much host memory as it is long, before anything changes: where
+  /// file_error or workspace_error is thrown, network and trainer are as they were.
+  /// @throws file_error naming the first thing that differs, got and expected
   void load(std::string const& path) {
     safetensors::reader file(path);
+    bool const masters = check_file(file);
+    std::int64_t const step = file.whole_number("step");
+    staged const weights(file, network_.memory(), "");
+    staged_moments const first(file, first_moment_, "first_moment/"), second(file, second_moment_, "second_moment/");
+    auto const matrices = network_.memory().matrices();
+    tensor<space::host, A, dyn> exact(masters ? matrices.size() : 0);
+    if (masters) file.read("master/matrices", exact.data(), exact.size());
+    bool const rounded = file.metadata("storage") != type_name<T>();
+
     P const policy = network_.policy();
-    if (file.header().metadata.find("step") == file.header().metadata.end())
-      throw file_error(path + ": holds weights without a trainer's state; load it with load_weights");
-    std::string const text = file.metadata("step");
-    std::int64_t step = 0;
-    for (char digit : text) {
-      if (digit < '0' || digit > '9' || step > (std::int64_t{1} << 52))
-        throw file_error(path + ": step: got '" + text + "', expected a whole number");
-      step = step * 10 + (digit - '0');
-    }
-    detail::check_tensors<Network>(file, network_.memory(), "", true);
-    detail::check_tensors<Network>(file, first_moment_, "first_moment/", true);
-    detail::check_tensors<Network>(file, second_moment_, "second_moment/", true);
-    if constexpr (has_masters) file.info("master/matrices");
-    detail::read_tensors<Network>(file, network_.memory(), "", policy);
-    detail::read_tensors<Network>(file, first_moment_, "first_moment/", policy);
-    detail::read_tensors<Network>(file, second_moment_, "second_moment/", policy);
+    changed_weights();
+    weights.upload(policy);
+    first.upload(policy);
+    second.upload(policy);
     if constexpr (has_masters) {
-      tensor<space::host, A, dyn> host(master_.size());
-      file.read("master/matrices", host.data(), host.size());
-      memory::upload(policy, host.as_view(), master_.as_view());
+      if (masters) memory::upload(policy, exact.as_view(), master_.as_view());
+      if (!masters) take_masters();
+      if (masters && rounded) memory::copy(policy, master_.as_view(), matrices);
+    } else if (masters) {
+      memory::upload(policy, exact.as_view(), matrices);
     }
     step_ = step;
   }
 
  private:
+  using staged = detail::staged_tensors<Network, typename Network::memory_type>;
+  using staged_moments = detail::staged_tensors<Network, gradient_memory>;
+  static constexpr char const* file_format = "blackmamba training 2";
+
+  /// Sizes that a file's step and this one's must share for the one to continue the other.
+  std::vector<std::pair<char const*, std::int64_t>> step_sizes() const {
+    return {{"batch", options_.batch}, {"length", options_.length}, {"accumulation", options_.accumulation}};
+  }
+  /// All that can be wrong with a file except that its disk fails. @returns whether it has masters
+  bool check_file(safetensors::reader const& file) const {
+    auto const& metadata = file.header().metadata;
+    auto const format = metadata.find("format");
+    if (format == metadata.end() || format->second == "blackmamba weights 1")
+      throw file_error(file.path() + ": holds weights without a trainer's state; load it with load_weights");
+    if (format->second != file_format)
+      throw file_error(file.path() + ": format: got '" + format->second + "', expected '" + file_format + "'");
+    file.whole_number("step");
+    for (auto const& [name, value] : step_sizes())
+      if (auto const got = file.whole_number(name); got != value)
+        throw file_error(file.path() + ": " + name + ": got " + std::to_string(got) + ", expected " +
+                         std::to_string(value) +
+                         "; build the trainer with the file's, or load its weights alone with load_weights");
+    detail::check_tensors<Network>(file, network_.memory(), "", true);
+    detail::check_tensors<Network>(file, first_moment_, "first_moment/", true);
+    detail::check_tensors<Network>(file, second_moment_, "second_moment/", true);
+    std::string const stored = file.metadata("storage");
+    bool const masters = stored == type_name<bfloat16>() || stored == type_name<half>();
+    if (!masters && stored != type_name<float>() && stored != type_name<double>())
+      throw file_error(file.path() + ": storage: got '" + stored + "', expected float32, float64, bfloat16 or float16");
+    if (masters) file.check<A>("master/matrices", network_.memory().matrices().size());
+    return masters;
+  }
+
+  /// Masters from the network's weights.
+  void take_masters() const {
+    memory::copy(network_.policy(), network_.memory().matrices(), master_.as_view());
+    seen_ = network_.version();
+  }
+  /// The same where others have changed the weights.
+  void follow_weights() const {
+    if constexpr (has_masters)
+      if (seen_ != network_.version()) take_masters();
+  }
+  /// Tells others of weights that follow from the masters.
+  void changed_weights() {
+    network_.weights_changed();
+    seen_ = network_.version();
+  }
+
   P device() {
     P policy = network_.policy();
     policy.workspace = &workspace_;
@@ -313,6 +373,7 @@ class trainer {
   arena<S> workspace_;
   recording<P> recorded_;  // the whole optimizer step
   std::int64_t step_ = 0;
+  mutable std::uint64_t seen_ = 0;  // version of the weights that the masters are those of
 };
 
 }  // namespace blackmamba
