@@ -264,6 +264,17 @@ TEST_CASE("adamw: shapes and options that do not fit are named") {
         "adamw: norm: got no view, expected a view, because max_norm is not 0");
   CHECK(message({good}, one, {.learning_rate = 0.1, .step = 0}) == "adamw: step: got 0.000000, expected at least 1");
   CHECK(message({good}, one, {.learning_rate = 0.1, .beta1 = 1}) == "adamw: beta1: got 1.000000, expected in [0, 1)");
+  CHECK(message({good}, one, {.learning_rate = -0.1}) ==
+        "adamw: learning_rate: got -0.100000, expected a finite number from 0");
+  CHECK(message({good}, one, {.learning_rate = std::nan("")}) ==
+        "adamw: learning_rate: got nan, expected a finite number from 0");
+  bad = good;
+  bad.weight_decay = -1;
+  CHECK(message({good, bad}, one, plain) ==
+        "adamw: segment 1: weight_decay: got -1.000000, expected a finite number from 0");
+  bad = good;
+  bad.learning_rate_scale = INFINITY;
+  CHECK(message({bad}, one, plain) == "adamw: learning_rate_scale: got inf, expected a finite number from 0");
 }
 TEST_CASE_TEMPLATE("adamw: a schedule in memory is what options say, to the bit", T, float, bfloat16, double) {
   using A = accum_t<T>;

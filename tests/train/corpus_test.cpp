@@ -64,6 +64,8 @@ TEST_CASE("corpus: bad texts are named") {
   CHECK(test::message_of<value_error>([&] { c.add("empty.txt", ""); }) ==
         "corpus: empty.txt: the text is empty, expected at least one byte");
   CHECK(test::message_of<value_error>([&] { c.add("t", "x", 0); }) == "corpus: t: weight: got 0.000000, expected > 0");
+  CHECK(test::message_of<value_error>([&] { c.add("t", "x", INFINITY); }) ==
+        "corpus: t: weight: got inf, expected a finite number, and so for the sum of all");
   CHECK(test::message_of<file_error>([&] { c.add_file("/no/such/file"); }) == "/no/such/file: can't be read");
   CHECK(test::message_of<file_error>([&] { c.add_file("/"); }) == "/: can't be read");
   c.add("short.txt", "0123456789");
@@ -71,6 +73,13 @@ TEST_CASE("corpus: bad texts are named") {
           tokens t(1, 10);
           c.sample(0, t);
         }) == "corpus: short.txt: its training part has 9 bytes, expected at least 10 (one context and its next byte)");
+}
+
+TEST_CASE("corpus: options outside their domain are named") {
+  auto const message = [](corpus::options const& o) { return test::message_of<value_error>([&] { corpus(1, o); }); };
+  CHECK(message({.held_out = 1.5}) == "corpus: held_out: got 1.500000, expected in [0, 1)");
+  CHECK(message({.held_out = -0.1}) == "corpus: held_out: got -0.100000, expected in [0, 1)");
+  CHECK(message({.held_out_most = -1}) == "corpus: held_out_most: got -1, expected at least 0");
 }
 
 TEST_CASE("schedule: warms up to the peak, then half a cosine") {

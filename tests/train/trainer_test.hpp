@@ -177,6 +177,33 @@ TEST_CASE("trainer: a file goes on in another storage type; masters, where it ha
   test::check_close(matrices(narrow_again), matrices(narrow), 0x1p-7);
 }
 
+TEST_CASE("trainer: options outside their domain are named") {
+  tiny_network<> net(1, make_policy());
+  auto const message = [&](auto&& change) {
+    training_options o = options;
+    change(o);
+    return test::message_of<value_error>([&] { trainer(net, o); });
+  };
+  CHECK(message([](auto& o) { o.batch = 0; }) == "trainer: batch: got 0, expected at least 1");
+  CHECK(message([](auto& o) { o.length = 0; }) == "trainer: length: got 0, expected at least 1");
+  CHECK(message([](auto& o) { o.accumulation = 0; }) == "trainer: accumulation: got 0, expected at least 1");
+  CHECK(message([](auto& o) { o.learning_rate.peak = -1; }) ==
+        "trainer: learning_rate.peak: got -1.000000, expected a finite number from 0");
+  CHECK(message([](auto& o) { o.learning_rate.final = std::nan(""); }) ==
+        "trainer: learning_rate.final: got nan, expected a finite number from 0");
+  CHECK(message([](auto& o) { o.learning_rate.warmup = -1; }) ==
+        "trainer: learning_rate.warmup: got -1, expected at least 0");
+  CHECK(message([](auto& o) { o.learning_rate.steps = -1; }) ==
+        "trainer: learning_rate.steps: got -1, expected at least 0");
+  CHECK(message([](auto& o) { o.weight_decay = -0.1; }) ==
+        "trainer: weight_decay: got -0.100000, expected a finite number from 0");
+  CHECK(message([](auto& o) { o.beta1 = 1; }) == "trainer: beta1: got 1.000000, expected in [0, 1)");
+  CHECK(message([](auto& o) { o.beta2 = -1; }) == "trainer: beta2: got -1.000000, expected in [0, 1)");
+  CHECK(message([](auto& o) { o.eps = INFINITY; }) == "trainer: eps: got inf, expected a finite number from 0");
+  CHECK(message([](auto& o) { o.max_norm = -1; }) ==
+        "trainer: max_norm: got -1.000000, expected a finite number from 0");
+}
+
 TEST_CASE("trainer: loss is a mean over tokens, evaluation needs whole batches") {
   tiny_network<> net(1, make_policy());
   trainer train(net, options);

@@ -4,6 +4,7 @@
 #include <blackmamba/core/tensor.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -30,19 +31,28 @@ inline std::vector<std::int32_t> byte_tokens(std::string_view text) {
 class corpus {
  public:
   struct options {
-    double held_out = 0.1;                ///< share of each text that is kept apart, at its end
+    double held_out = 0.1;                ///< share of each text that is kept apart, at its end; in [0, 1)
     std::int64_t held_out_most = 1 << 18; ///< but at most this many bytes of each
   };
 
   explicit corpus(std::uint64_t seed) : seed_(seed) {}
-  corpus(std::uint64_t seed, options const& o) : seed_(seed), options_(o) {}
+  /// @throws value_error where an option is outside its domain
+  corpus(std::uint64_t seed, options const& o) : seed_(seed), options_(o) {
+    if (!(o.held_out >= 0 && o.held_out < 1))
+      throw value_error("corpus: held_out: got " + std::to_string(o.held_out) + ", expected in [0, 1)");
+    if (o.held_out_most < 0)
+      throw value_error("corpus: held_out_most: got " + std::to_string(o.held_out_most) + ", expected at least 0");
+  }
 
   /// @param weight share of training examples, relative to the other texts
-  /// @throws value_error where the text is empty or the weight is not positive
+  /// @throws value_error where the text is empty or the weight is not positive or not finite, or the sum of all is not
   void add(std::string name, std::string text, double weight = 1) {
     if (text.empty()) throw value_error("corpus: " + name + ": the text is empty, expected at least one byte");
     if (!(weight > 0))
       throw value_error("corpus: " + name + ": weight: got " + std::to_string(weight) + ", expected > 0");
+    if (!std::isfinite(total_weight_ + weight))
+      throw value_error("corpus: " + name + ": weight: got " + std::to_string(weight) +
+                        ", expected a finite number, and so for the sum of all");
     auto const tail = std::min(static_cast<std::int64_t>(options_.held_out * static_cast<double>(text.size())),
                                options_.held_out_most);
     source s{std::move(name), std::move(text), weight, 0};

@@ -16,6 +16,7 @@
 
 namespace blackmamba {
 
+/// Validated where a trainer is built.
 struct training_options {
   std::int64_t batch = 8;          ///< sequences of a forward pass
   std::int64_t length = 256;       ///< tokens of a sequence
@@ -63,9 +64,10 @@ class trainer {
   using gradient_memory = parameter_memory<arch, S, A>;
   static constexpr bool has_masters = !std::is_same_v<T, A>;
 
+  /// @throws value_error where an option is outside its domain; workspace_error
   trainer(Network& network, training_options const& options)
       : network_(network),
-        options_(options),
+        options_(checked(options)),
         gradient_(network.policy(), true),
         first_moment_(network.policy(), true),
         second_moment_(network.policy(), true),
@@ -205,6 +207,29 @@ class trainer {
   using staged = detail::staged_tensors<Network, typename Network::memory_type>;
   using staged_moments = detail::staged_tensors<Network, gradient_memory>;
   static constexpr char const* file_format = "blackmamba training 2";
+
+  static training_options const& checked(training_options const& o) {
+    auto const check = [](bool good, char const* name, auto got, char const* expected) {
+      if (!good)
+        throw value_error("trainer: " + std::string(name) + ": got " + std::to_string(got) + ", expected " + expected);
+    };
+    auto const not_negative = [&](char const* name, double x) {
+      check(std::isfinite(x) && x >= 0, name, x, "a finite number from 0");
+    };
+    check(o.batch >= 1, "batch", o.batch, "at least 1");
+    check(o.length >= 1, "length", o.length, "at least 1");
+    check(o.accumulation >= 1, "accumulation", o.accumulation, "at least 1");
+    not_negative("learning_rate.peak", o.learning_rate.peak);
+    not_negative("learning_rate.final", o.learning_rate.final);
+    check(o.learning_rate.warmup >= 0, "learning_rate.warmup", o.learning_rate.warmup, "at least 0");
+    check(o.learning_rate.steps >= 0, "learning_rate.steps", o.learning_rate.steps, "at least 0");
+    not_negative("weight_decay", o.weight_decay);
+    check(o.beta1 >= 0 && o.beta1 < 1, "beta1", o.beta1, "in [0, 1)");
+    check(o.beta2 >= 0 && o.beta2 < 1, "beta2", o.beta2, "in [0, 1)");
+    not_negative("eps", o.eps);
+    not_negative("max_norm", o.max_norm);
+    return o;
+  }
 
   /// Sizes that a file's step and this one's must share for the one to continue the other.
   std::vector<std::pair<char const*, std::int64_t>> step_sizes() const {

@@ -23,7 +23,7 @@ namespace blackmamba {
 /// threads and of how parameters are divided into segments. Asynchronous on cuda: the norm stays on the device.
 struct adamw {
   struct options {
-    double learning_rate;
+    double learning_rate;   ///< finite, not negative; so are the segments' factors of it and their decay
     double beta1 = 0.9;
     double beta2 = 0.95;
     double eps = 1e-8;
@@ -76,11 +76,15 @@ struct adamw {
       check_shape(op, "first_moment", s.first_moment, {n});
       check_shape(op, "second_moment", s.second_moment, {n});
       check_optional_shape(op, "copy", s.copy, {n});
+      check_value(not_negative(s.weight_decay), "weight_decay", s.weight_decay, "a finite number from 0", op);
+      check_value(not_negative(s.learning_rate_scale), "learning_rate_scale", s.learning_rate_scale,
+                  "a finite number from 0", op);
       empty = empty && n == 0;
     }
     check_optional_shape("adamw", "norm", norm, {1});
     check_optional_shape("adamw", "schedule", schedule, {3});
     check_that(norm.present() || how.max_norm == 0, "adamw", "norm", "no view", "a view, because max_norm is not 0");
+    check_value(not_negative(how.learning_rate), "learning_rate", how.learning_rate, "a finite number from 0");
     check_value(how.step >= 1, "step", static_cast<double>(how.step), "at least 1");
     check_value(how.beta1 >= 0 && how.beta1 < 1, "beta1", how.beta1, "in [0, 1)");
     check_value(how.beta2 >= 0 && how.beta2 < 1, "beta2", how.beta2, "in [0, 1)");
@@ -114,9 +118,10 @@ struct adamw {
   }
 
  private:
-  static void check_value(bool good, char const* name, double value, char const* domain) {
-    if (!good)
-      throw value_error("adamw: " + std::string(name) + ": got " + std::to_string(value) + ", expected " + domain);
+  static bool not_negative(double x) { return std::isfinite(x) && x >= 0; }
+  static void check_value(bool good, char const* name, double value, char const* domain,
+                          std::string const& op = "adamw") {
+    if (!good) throw value_error(op + ": " + name + ": got " + std::to_string(value) + ", expected " + domain);
   }
 };
 
