@@ -61,8 +61,19 @@ if(TARGET blackmamba::cuda AND NOT BLACKMAMBA_SANITIZE)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
     find_program(BLACKMAMBA_NVIDIA_SMI nvidia-smi)
     mark_as_advanced(BLACKMAMBA_NVIDIA_SMI)
+    set(capabilities "")
     if(BLACKMAMBA_NVIDIA_SMI)
-      set(CMAKE_CUDA_ARCHITECTURES native)
+      execute_process(COMMAND ${BLACKMAMBA_NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
+        OUTPUT_VARIABLE capabilities ERROR_QUIET)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]+" capabilities "${capabilities}")
+      list(REMOVE_DUPLICATES capabilities)
+    endif()
+    if(capabilities)
+      # Not "native", which is sm_90 on a Hopper: the instructions of its warpgroups belong to sm_90a alone.
+      string(REPLACE "." "" capabilities "${capabilities}")
+      string(REGEX REPLACE "([0-9]+)" "\\1-real" CMAKE_CUDA_ARCHITECTURES "${capabilities}")
+      string(REPLACE "90-real" "90a-real" CMAKE_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+      message(STATUS "blackmamba: CUDA code for the GPUs that are here: ${CMAKE_CUDA_ARCHITECTURES}")
     else()
       # Nothing can run here: PTX says whether the code compiles, and assembling it would take half as long again. The
       # umbrella's test assembles it for two architectures.

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -105,22 +107,70 @@ struct grid {
   std::size_t shared_bytes = 0;  ///< dynamic shared memory of a block
   unsigned cluster = 1;          ///< blocks of a cluster, along x
   bool cooperative = false;      ///< all blocks are resident at once and may wait for each other
+  bool early = false;            ///< may begin before the launch ahead has ended, for which its threads wait themselves
 };
+
+/// In a kernel: the launch behind this one may begin, where it is an early one. In an early one: waits until the launch
+/// ahead has ended and its results are there.
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch_ahead() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+namespace detail {
+/// Lets a kernel have this much dynamic shared memory. Without being asked, a device gives a block 48 KB, the kernel's own
+/// included; what is asked for is state of the function, so it is asked for once, and all that there is: two threads may
+/// launch one kernel with different sizes. @throws cuda_error with both sizes where the device has less
+inline void allow_shared_bytes(char const* op, void const* kernel, std::size_t bytes) {
+  struct seen {
+    std::size_t own = 0;
+    bool asked = false;
+  };
+  static std::mutex mutex;
+  static std::map<std::pair<void const*, int>, seen> kernels;
+  if (bytes == 0) return;
+  int device = 0;
+  check(op, cudaGetDevice(&device));
+  std::lock_guard const lock(mutex);
+  auto const [place, is_new] = kernels.try_emplace({kernel, device});
+  seen& known = place->second;
+  if (is_new) {
+    cudaFuncAttributes attributes{};
+    cudaError_t const status = cudaFuncGetAttributes(&attributes, kernel);
+    if (status != cudaSuccess) kernels.erase(place);
+    check(op, status);
+    known.own = attributes.sharedSizeBytes;
+  }
+  if (known.own + bytes <= 48 * 1024) return;
+  auto const most = static_cast<std::size_t>(properties().shared_bytes_per_block);
+  if (known.own + bytes > most)
+    throw cuda_error(std::string(op) + ": shared memory of a block: needs " + std::to_string(known.own + bytes) +
+                     " bytes, " + device_text() + " has " + std::to_string(most));
+  if (known.asked) return;
+  check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(most - known.own)));
+  known.asked = true;
+}
+}  // namespace detail
 
 /// Enqueues a kernel on the policy's stream. Zero blocks launch nothing. @throws cuda_error naming the operator
 template <class... Parameters, class... Arguments>
 void launch(char const* op, device::cuda const& policy, grid const& shape, void (*kernel)(Parameters...),
             Arguments&&... arguments) {
   if (shape.blocks.x == 0 || shape.blocks.y == 0 || shape.blocks.z == 0) return;
-  if (shape.shared_bytes > 48 * 1024)
-    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shape.shared_bytes)));
+  detail::allow_shared_bytes(op, reinterpret_cast<void const*>(kernel), shape.shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = shape.blocks;
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = policy.stream;
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[3]{};
   unsigned count = 0;
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
@@ -132,6 +182,11 @@ void launch(char const* op, device::cuda const& policy, grid const& shape, void 
   if (shape.cooperative) {
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count].val.cooperative = 1;
+    ++count;
+  }
+  if (shape.early && properties().major >= 9) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;
   }
   config.attrs = attributes;
