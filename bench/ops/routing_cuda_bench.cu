@@ -139,7 +139,7 @@ void route(benchmark::State& state) {
   router::forward(host, {.logits = x}, {.expert = expert, .gate = gate});
   if (!bench::agrees(state, "gate", bench::on_host(sets[0].gate.as_view()), gate, 1e-6)) return;
   if (!bench::agrees(state, "expert", bench::on_host(sets[0].expert.as_view()), expert, 0)) return;
-  bench::measure(state, {.bytes = bytes}, sets, run, router::scratch_bytes(tokens));
+  bench::measure(state, {.bytes = bytes}, sets, run, router::scratch_bytes<space::device>(tokens));
 }
 BENCHMARK(route)
     ->ArgNames({"T", "E", "k"})

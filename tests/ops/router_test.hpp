@@ -376,3 +376,17 @@ TEST_CASE("quantile_balance: balances counts within 8 rounds, whatever the sprea
           quantile_balance::forward(make_policy(), test::upload<float>({1, 2}, 1, 2), g.as_view(), {.top_k = 3});
         }) == "quantile_balance: top_k: got 3, expected 1 to 2");
 }
+
+TEST_CASE("router, quantile_balance: take the scratch that they say") {
+  using space = test_policy::memory_space;
+  using dry = device::dry<test_policy>;
+  auto const logits = test::poisoned<float>(3000, 8), gate = test::poisoned<float>(3000, 2);
+  auto const offset = test::poisoned<float>(8);
+  auto const expert = zeros<std::int32_t>(make_policy(), 3000, 2);
+  auto const count = zeros<std::int32_t>(make_policy(), 1);
+  auto route = arena<space>::measuring(), balance = arena<space>::measuring();
+  router::forward(dry{&route}, {.logits = logits}, {.expert = expert, .gate = gate, .non_finite_rows = count});
+  CHECK(route.peak() == router::scratch_bytes<space>(3000));
+  quantile_balance::forward(dry{&balance}, logits, offset.as_view());
+  CHECK(balance.peak() == quantile_balance::scratch_bytes<float, space>(3000, 8));
+}

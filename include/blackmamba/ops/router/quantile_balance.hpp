@@ -8,7 +8,7 @@ namespace blackmamba {
 
 struct quantile_balance_options {
   std::int64_t top_k = 1;
-  double beta = 2;    ///< weight of the logits, as router has it
+  double beta = 2;  ///< weight of the logits, as router has it
   int rounds = 8;
 };
 
@@ -29,7 +29,7 @@ struct quantile_balance {
 
   /// @param logits  (M, E) A
   /// @param offset  (E) A     in: where to start; out: g
-  /// scratch_bytes<A>(M, E) of scratch.
+  /// scratch_bytes<A, memory space>(M, E) of scratch.
   template <device_policy P, storage A>
   static void forward(P const& policy, in<P, A, dyn, dyn> logits, out<P, A, dyn> offset, options const& how = {}) {
     static_assert(std::is_same_v<A, accum_t<A>>,
@@ -42,20 +42,20 @@ struct quantile_balance {
     check_that(how.rounds >= 0, "quantile_balance", "rounds", std::to_string(how.rounds), "0 or more");
     scratch<P> memory(policy, scratch_bytes<A, typename P::memory_space>(logits.extent(0), experts));
     auto wanted = memory.template allocate<A>(experts, logits.extent(0));
-    auto threshold = memory.template allocate<A>(logits.extent(0));
     if constexpr (counts_digits<typename P::memory_space>) {
       auto counts = memory.template allocate<std::uint64_t>(digit_counts<A>(experts));
-      backend_of<quantile_balance, P>::forward(policy, logits, offset, how, wanted, threshold, counts);
+      backend_of<quantile_balance, P>::forward(policy, logits, offset, how, wanted, counts);
     } else {
+      auto threshold = memory.template allocate<A>(logits.extent(0));
       backend_of<quantile_balance, P>::forward(policy, logits, offset, how, wanted, threshold);
     }
   }
 
   template <storage A, class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows, std::int64_t experts) {
-    return scratch_sum(
-        sizeof(A) * static_cast<std::size_t>(rows * experts), sizeof(A) * static_cast<std::size_t>(rows),
-        counts_digits<Space> ? sizeof(std::uint64_t) * static_cast<std::size_t>(digit_counts<A>(experts)) : 0);
+    return scratch_sum(sizeof(A) * static_cast<std::size_t>(rows * experts),
+                       counts_digits<Space> ? sizeof(std::uint64_t) * static_cast<std::size_t>(digit_counts<A>(experts))
+                                            : sizeof(A) * static_cast<std::size_t>(rows));
   }
 
   /// Where quantiles are found by counting digits of 8 bits: two sets of a count for each value of each digit of each

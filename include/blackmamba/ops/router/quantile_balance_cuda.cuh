@@ -208,8 +208,7 @@ struct backend<quantile_balance, device::cuda> {
   template <class A>
   static void forward(device::cuda const& policy, view<space::device, A const, dyn, dyn> logits,
                       view<space::device, A, dyn> offset, quantile_balance::options const& how,
-                      view<space::device, A, dyn, dyn> wanted, view<space::device, A, dyn>,
-                      view<space::device, std::uint64_t, dyn> counts) {
+                      view<space::device, A, dyn, dyn> wanted, view<space::device, std::uint64_t, dyn> counts) {
     std::int64_t const rows = logits.extent(0), experts = logits.extent(1);
     constexpr std::size_t each = sizeof(cuda::detail::quantile_state<A>);
     constexpr std::size_t counted = cuda::detail::quantile_digits * sizeof(unsigned);

@@ -38,19 +38,19 @@ struct router {
   using options = router_options;
   template <device_policy P, storage T>
   struct inputs {
-    in<P, accum_t<T>, dyn, dyn> logits;   // (M, E)
-    in<P, accum_t<T>, dyn> offset = {};   // (E)     optional
+    in<P, accum_t<T>, dyn, dyn> logits;  // (M, E)
+    in<P, accum_t<T>, dyn> offset = {};  // (E)     optional
   };
   /// k is the second extent of expert; 1 <= k <= E.
   template <device_policy P, storage T>
   struct selection {
-    out<P, std::int32_t, dyn, dyn> expert;                // (M, k)
-    out<P, accum_t<T>, dyn, dyn> gate;                    // (M, k)
-    out<P, std::int32_t, dyn> non_finite_rows = {};       // (1)     optional: number of rows that are routed nowhere
+    out<P, std::int32_t, dyn, dyn> expert;           // (M, k)
+    out<P, accum_t<T>, dyn, dyn> gate;               // (M, k)
+    out<P, std::int32_t, dyn> non_finite_rows = {};  // (1)     optional: number of rows that are routed nowhere
   };
   /// T is deduced where the selection is an object, and float where it stands in braces: router::forward(policy,
   /// {.logits = logits, .offset = offset}, {.expert = expert, .gate = gate}).
-  /// scratch_bytes(M) of scratch where rows are counted.
+  /// scratch_bytes<memory space>(M) of scratch.
   template <device_policy P, storage T = float>
   static void forward(P const& policy, std::type_identity_t<inputs<home<P>, T>> const& in,
                       selection<home<P>, T> const& chosen, options const& options = {}) {
@@ -59,11 +59,15 @@ struct router {
     check_shape("router", "gate", chosen.gate, {rows, k});
     check_optional_shape("router", "offset", in.offset, {experts});
     check_optional_shape("router", "non_finite_rows", chosen.non_finite_rows, {1});
-    check_that(rows == 0 || (k >= 1 && k <= experts), "router", "expert",
-               std::to_string(k) + " experts for a token", "1 to " + std::to_string(experts));
-    scratch<P> memory(policy, scratch_bytes(rows));
-    auto counts = memory.template allocate<std::int32_t>(count_rows(rows));
-    backend_of<router, P>::forward(policy, in, chosen, options, counts);
+    check_that(rows == 0 || (k >= 1 && k <= experts), "router", "expert", std::to_string(k) + " experts for a token",
+               "1 to " + std::to_string(experts));
+    if constexpr (counts_in_parts<typename P::memory_space>) {
+      scratch<P> memory(policy, scratch_bytes(rows));
+      auto counts = memory.template allocate<std::int32_t>(count_rows(rows));
+      backend_of<router, P>::forward(policy, in, chosen, options, counts);
+    } else {
+      backend_of<router, P>::forward(policy, in, chosen, options);
+    }
   }
 
   template <device_policy P, storage T>
@@ -92,11 +96,14 @@ struct router {
     if (d_logits.size() > 0) backend_of<router, P>::backward(policy, in, d_logits, gate);
   }
 
-  /// Rows that are routed nowhere are counted over blocks of this many rows, then over blocks.
+  /// On the host, rows that are routed nowhere are counted over blocks of this many rows, then over blocks.
   static constexpr std::int64_t rows_per_count = 1024;
   static constexpr std::int64_t count_rows(std::int64_t rows) { return (rows + rows_per_count - 1) / rows_per_count; }
+  template <class Space>
+  static constexpr bool counts_in_parts = std::is_same_v<Space, space::host>;
+  template <class Space = space::host>
   static constexpr std::size_t scratch_bytes(std::int64_t rows) {
-    return scratch_sum(sizeof(std::int32_t) * static_cast<std::size_t>(count_rows(rows)));
+    return counts_in_parts<Space> ? scratch_sum(sizeof(std::int32_t) * static_cast<std::size_t>(count_rows(rows))) : 0;
   }
 };
 

@@ -234,8 +234,7 @@ template <>
 struct backend<router, device::cuda> {
   template <class T>
   static void forward(device::cuda const& policy, router::inputs<device::cuda, T> const& in,
-                      router::selection<device::cuda, T> const& chosen, router::options const& options,
-                      view<space::device, std::int32_t, dyn>) {
+                      router::selection<device::cuda, T> const& chosen, router::options const& options) {
     using A = accum_t<T>;
     std::int64_t const rows = in.logits.extent(0), experts = in.logits.extent(1);
     cuda::detail::router_tile const tile = cuda::detail::router_tile::of<A>(experts);
