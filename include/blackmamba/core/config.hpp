@@ -29,3 +29,19 @@
 #else
 #define BLACKMAMBA_HD_WHERE_DEFINED
 #endif
+
+/// BLACKMAMBA_ASSERT: a precondition, checked on the host in builds that neither optimise nor define NDEBUG. Define
+/// BLACKMAMBA_CHECKED as 1 to have it checked in builds that optimise too, as 0 to have it checked nowhere.
+#if !defined(BLACKMAMBA_CHECKED)
+#if defined(NDEBUG) || defined(__OPTIMIZE__)
+#define BLACKMAMBA_CHECKED 0
+#else
+#define BLACKMAMBA_CHECKED 1
+#endif
+#endif
+#if BLACKMAMBA_CHECKED && !defined(__CUDA_ARCH__)
+#include <cassert>
+#define BLACKMAMBA_ASSERT(condition) assert(condition)
+#else
+#define BLACKMAMBA_ASSERT(condition) static_cast<void>(0)
+#endif

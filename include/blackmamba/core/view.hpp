@@ -20,7 +20,8 @@ struct device {};
 ///
 /// The last dimension is contiguous; every other has its own stride (in elements, 64-bit), so that a slice of columns
 /// is a view too. A default-constructed view is absent: optional arguments are views that may be absent. Copying a view
-/// copies the reference, not the data; constness of the data is T's.
+/// copies the reference, not the data; constness of the data is T's. Preconditions are asserted in debug builds on the
+/// host (BLACKMAMBA_ASSERT).
 template <class Space, class T, int... Extents>
 class view {
  public:
@@ -97,10 +98,11 @@ class view {
     return true;
   }
 
-  /// The element at the given indices.
+  /// The element at the given indices. Precondition: each lies in its dimension.
   template <class... Ints>
     requires(sizeof...(Ints) == rank)
   BLACKMAMBA_HD constexpr T& operator()(Ints... indices) const {
+    BLACKMAMBA_ASSERT(within(indices...));
     return data_[offset(indices...)];
   }
   /// Pointer to the last dimension's first element at the given leading indices.
@@ -130,7 +132,9 @@ class view {
   /// The same memory with another shape. Precondition: contiguous, same size.
   template <class... Ints>
   BLACKMAMBA_HD constexpr auto reshape(Ints... extents) const {
-    return view<Space, T, (static_cast<void>(extents), dyn)...>(data_, extents...);
+    view<Space, T, (static_cast<void>(extents), dyn)...> const shaped(data_, extents...);
+    BLACKMAMBA_ASSERT(!present() || (contiguous() && shaped.size() == size()));
+    return shaped;
   }
   /// Columns [first, first + count) of the last dimension; strides stay.
   BLACKMAMBA_HD constexpr auto columns(std::int64_t first, std::int64_t count) const {
@@ -149,14 +153,21 @@ class view {
     return view<Space, T, (static_cast<void>(Extents), dyn)...>(*this);
   }
 
-  /// Restricts dimension i to [first, first + count). Precondition: that dimension is dyn or keeps its extent.
+  /// Restricts dimension i to [first, first + count). Precondition: that range lies in the dimension, which is dyn or
+  /// keeps its extent.
   BLACKMAMBA_HD constexpr void narrow(int i, std::int64_t first, std::int64_t count) {
+    BLACKMAMBA_ASSERT(!present() || (first >= 0 && count >= 0 && first + count <= extent_[i]));
     data_ += first * stride_[i];
     extent_[i] = count;
   }
   BLACKMAMBA_HD constexpr void set_stride(int i, std::int64_t stride) { stride_[i] = stride; }
 
  private:
+  template <class... Ints>
+  BLACKMAMBA_HD constexpr bool within(Ints... indices) const {
+    int i = 0;
+    return (... && (static_cast<std::int64_t>(indices) >= 0 && static_cast<std::int64_t>(indices) < extent_[i++]));
+  }
   BLACKMAMBA_HD constexpr void make_contiguous() {
     std::int64_t s = 1;
     for (int i = rank - 1; i >= 0; --i) {
