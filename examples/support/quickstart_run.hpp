@@ -29,8 +29,8 @@ struct arguments {
   std::string checkpoint = "quickstart.safetensors";
 };
 
-/// Rows of length + 1 bytes, the first byte of each the last of the one before: whole batches of them, from all over the
-/// held-out text where not all are taken, because they would not fill a batch or are more than `most`.
+/// Rows of length + 1 bytes, the first byte of each the last of the one before: whole batches of them, from all over
+/// the held-out text where not all are taken, because they would not fill a batch or are more than `most`.
 inline bm::token_batch windows(std::string const& bytes, std::int64_t length, std::int64_t batch, std::int64_t most) {
   std::int64_t const all = (static_cast<std::int64_t>(bytes.size()) - 1) / length;
   std::int64_t const rows = std::min(all, most) / batch * batch;
