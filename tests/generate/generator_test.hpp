@@ -174,6 +174,25 @@ TEST_CASE("generate: without logits to go on from it wants a prompt") {
         "generate: count: got -1, expected at least 0");
 }
 
+TEST_CASE("generator: logits that are not there are named") {
+  net_type net(1, make_policy());
+  generator from(net, {.batch = 2});
+  std::string const none =
+      "generator.logits: got none since the generator was built or its state restored, expected prefill or step first";
+  CHECK(test::message_of<value_error>([&] { (void)from.logits(); }) == none);
+  CHECK(test::message_of<value_error>([&] { (void)from.logits_view(); }) == none);
+  from.step(std::vector<std::int32_t>{1, 2});
+  CHECK(from.logits(1).size() == 11);
+  for (std::int64_t b : {-1, 2})
+    CHECK(test::message_of<value_error>([&] { (void)from.logits(b); }) ==
+          "generator.logits: sequence: got " + std::to_string(b) + ", expected 0 to 1");
+  from.restore(generation_state(net, 2));
+  CHECK(test::message_of<value_error>([&] { (void)from.logits(); }) == none);
+  CHECK(test::message_of<value_error>([&] { generate(from, prompt, 1); }) ==
+        "generate: generator: got 2 sequences, expected one; several advance by prefill and step");
+  static_assert(!std::is_constructible_v<generator<net_type>, net_type>);
+}
+
 TEST_CASE("generator: options outside their domain are named") {
   net_type net(1, make_policy());
   auto const message = [&](generation_options const& options) {
@@ -212,6 +231,6 @@ TEST_CASE("generator: bad tokens, prompts and a full cache are named") {
   network<test::tiny_transformer, test_policy> attentive(1, make_policy());
   generator full(attentive, {.capacity = 4});
   CHECK(test::message_of<value_error>([&] { full.prefill(prompt); })
-            .ends_with("more, expected at most 4; a model with attention holds as many tokens as its generator's "
-                       "options say"));
+            .ends_with("more, expected at most 4; a model with attention holds as many tokens as "
+                       "generation_options::capacity says"));
 }

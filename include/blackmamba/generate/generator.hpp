@@ -40,6 +40,8 @@ class generator {
         logits_(zeros<A>(network.policy(), options.batch, std::int64_t{arch::vocab})),
         host_logits_(options.batch, std::int64_t{arch::vocab}),
         workspace_(measure()) {}
+  /// The network must outlive its generator.
+  explicit generator(Network const&& network, generation_options const& options = {}) = delete;
 
   /// Continues every sequence with the tokens (batch, n); logits() are then those after the last.
   /// @throws shape_error; value_error for a token outside the vocabulary, or where attention's capacity is exceeded
@@ -81,11 +83,20 @@ class generator {
   /// Whether logits() are those of the present state: after a token was read, until a state is restored.
   bool has_logits() const { return has_logits_; }
   /// Logits of the next token of sequence b, on the host.
+  /// @throws value_error where there are none, or no such sequence
   std::span<float const> logits(std::int64_t b = 0) const {
+    check_logits();
+    if (b < 0 || b >= options_.batch)
+      throw value_error("generator.logits: sequence: got " + std::to_string(b) + ", expected 0 to " +
+                        std::to_string(options_.batch - 1));
     return {narrowed_.data() + b * arch::vocab, static_cast<std::size_t>(arch::vocab)};
   }
   /// Logits (batch, vocab) in the accumulation type, on the host.
-  host_view<A const, dyn, dyn> logits_view() const { return host_logits_; }
+  /// @throws value_error where there are none
+  host_view<A const, dyn, dyn> logits_view() const {
+    check_logits();
+    return host_logits_;
+  }
 
   /// The states of all layers: copy it to fork a text, assign one to go back.
   state_type const& state() const { return state_; }
@@ -138,6 +149,11 @@ class generator {
     return arena<S>(measuring.peak());
   }
 
+  void check_logits() const {
+    if (!has_logits_)
+      throw value_error("generator.logits: got none since the generator was built or its state restored, expected "
+                        "prefill or step first");
+  }
   void check_tokens(host_view<std::int32_t const, dyn, dyn> tokens) const {
     for (std::int64_t b = 0; b < tokens.extent(0); ++b)
       for (std::int64_t i = 0; i < tokens.extent(1); ++i)
@@ -150,7 +166,7 @@ class generator {
     if (grows_ && state_.position() + more > options_.capacity)
       throw value_error("generator: capacity: got " + std::to_string(state_.position()) + " tokens and " +
                         std::to_string(more) + " more, expected at most " + std::to_string(options_.capacity) +
-                        "; a model with attention holds as many tokens as its generator's options say");
+                        "; a model with attention holds as many tokens as generation_options::capacity says");
   }
   void stage(host_view<std::int32_t const, dyn, dyn> tokens, std::int64_t first, std::int64_t length) {
     tensor<space::host, std::int32_t, dyn> host(options_.batch * length);
@@ -184,11 +200,15 @@ class generator {
 /// prompt goes on from there, and the text is the same in one call or in several. The draw for a token depends on the
 /// seed and on the token's position in the text.
 /// @return the new tokens
-/// @throws value_error where the prompt is empty and there are no logits to go on from
+/// @throws value_error where the generator has several sequences, or where the prompt is empty and there are no logits
+/// to go on from
 template <class Network, class Emit>
 std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int32_t const> prompt, std::int64_t count,
                                    sampling_options const& options, Emit&& emit) {
   sampler choose(options);
+  if (from.state().batch() != 1)
+    throw value_error("generate: generator: got " + std::to_string(from.state().batch()) +
+                      " sequences, expected one; several advance by prefill and step");
   if (count < 0) throw value_error("generate: count: got " + std::to_string(count) + ", expected at least 0");
   if (prompt.empty() && !from.has_logits())
     throw value_error("generate: prompt: got no token, expected one at least where nothing was read since the "
