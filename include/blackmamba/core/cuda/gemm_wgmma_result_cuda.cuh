@@ -31,16 +31,17 @@ struct alignas(16) note {
   int row, row_end, column, group, steps, unused[3];
 };
 
-/// Has the copy engine store a warp's 16 rows of floats, or add them to C, through two buffers of 2048 bytes.
+/// Has the copy engine store a warp's 16 rows of floats, or add them to C, through two buffers of 2048 bytes: `to` is
+/// the next one's address, both_buffers the sum of both.
 template <int Tiles>
-__device__ __forceinline__ void copy_out(float (&sum)[Tiles][4], CUtensorMap const& map, std::uint32_t memory, int row,
-                                         int column, int group, int columns_left, bool add) {
+__device__ __forceinline__ void copy_out(float (&sum)[Tiles][4], CUtensorMap const& map, std::uint32_t& to,
+                                         std::uint32_t both_buffers, int row, int column, int group, int columns_left,
+                                         bool add) {
   constexpr int wide = 32;  // columns of a buffer
   int const lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int i = 0; i < 8 * Tiles / wide; ++i) {
     if (i * wide >= columns_left) break;
-    std::uint32_t const to = memory + i % buffers * buffer_bytes;
     if (lane == 0) wait_for_copies_out<buffers - 1>();
     __syncwarp();
     int const r = lane / 4, chunk = lane % 4 / 2;
@@ -62,6 +63,7 @@ __device__ __forceinline__ void copy_out(float (&sum)[Tiles][4], CUtensorMap con
         copy_box_out(&map, to, column + i * wide, row, group);
       commit_copies_out();
     }
+    to = both_buffers - to;
   }
 }
 
@@ -369,7 +371,7 @@ template <int Fragments, class T, class TC, class Result>
 class no_departure {
  public:
   __device__ __forceinline__ no_departure(arguments<T, TC, Result> const& args, std::uint32_t memory)
-      : args_(args), memory_(memory) {}
+      : args_(args), buffer_(memory), both_buffers_(2 * memory + buffer_bytes) {}
   __device__ __forceinline__ void take(float (&sum)[Fragments][4], note const& t, int row) {
     auto const& x = args_.x;
     int const rows_left = t.row_end - row, columns_left = static_cast<int>(x.n) - t.column;
@@ -386,7 +388,7 @@ class no_departure {
             sum[j][e] += plus;
             sum[j][2 + e] += plus;
           }
-      copy_out(sum, args_.c, memory_, row, t.column, group, columns_left, x.mode == update::accumulate);
+      copy_out(sum, args_.c, buffer_, both_buffers_, row, t.column, group, columns_left, x.mode == update::accumulate);
     } else {
       TC* const c = x.c + group * x.groups.c_apart + row * x.ldc + t.column;
       store_fragments<true>(sum, c, x.ldc, rows_left, columns_left, bias, x.mode == update::accumulate, args_.wide);
@@ -397,7 +399,7 @@ class no_departure {
 
  private:
   arguments<T, TC, Result> const& args_;
-  std::uint32_t memory_;
+  std::uint32_t buffer_, both_buffers_;
 };
 
 }  // namespace blackmamba::cuda::detail::wgmma
