@@ -71,8 +71,8 @@ gradients run_backward(test::values const& gate, test::values const& up, test::v
 
 template <class Activation, class T>
 void check_definition() {
-  for (std::int64_t rows : {0, 1, 5, 70})
-    for (std::int64_t width : {0, 1, 15, 16, 17, 32, 384, 5000}) {
+  for (std::int64_t rows : test::sizes({0, 1, 5, 70}))
+    for (std::int64_t width : test::sizes({0, 1, 15, 16, 17, 32, 384, 5000})) {
       if (rows * width > 30000) continue;
       auto const gate = test::rounded<T>(test::random_normal(rows * width, 1, 3.0));
       auto const up = test::rounded<T>(test::random_normal(rows * width, 2));
@@ -187,7 +187,7 @@ TEST_CASE_TEMPLATE("gated_activation: rows that begin anywhere", T, STORAGE_TYPE
   auto const y = run<activation::silu, T>(gate, up, rows, width);
   auto const g = run_backward<activation::silu, T>(gate, up, y, rows, width);
   // The same matrices as columns [first, first + width) of wider ones, NaN around them.
-  for (std::int64_t first : {0, 1, 3, 8})
+  for (std::int64_t first : test::sizes({0, 1, 3, 8}))
     for (std::int64_t pitch : {308, 311, 320}) {
       auto const inside = [&](test::values const& x) {
         test::values wide(static_cast<std::size_t>(rows * pitch), std::numeric_limits<double>::quiet_NaN());
@@ -221,7 +221,7 @@ TEST_CASE_TEMPLATE("gated_activation: rows that begin anywhere", T, STORAGE_TYPE
 TEST_CASE_TEMPLATE("gated_activation: rows past a count in memory stay as they are", T, STORAGE_TYPES) {
   std::int64_t const rows = 37;
   for (std::int64_t width : {8, 33, 1100})
-    for (std::int64_t count : {0, 1, 20, 37, 100}) {
+    for (std::int64_t count : test::sizes({0, 1, 20, 37, 100})) {
       auto const there = static_cast<std::size_t>(std::min(count, rows) * width);
       // What lies past the count is no number, and may be anything.
       auto const numbers_before = [&](std::uint64_t seed) {
