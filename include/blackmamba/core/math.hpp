@@ -3,6 +3,10 @@
 
 #include <cmath>
 
+#if BLACKMAMBA_CUDA
+#include <blackmamba/core/cuda/exponential_cuda.cuh>
+#endif
+
 #if BLACKMAMBA_CUDA  // with simd packs, these templates are host functions alone, as is meant
 #pragma nv_diagnostic push
 #pragma nv_diag_suppress 20011, 20014
@@ -48,8 +52,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE float normal_cdf(float x) {
   // error over 0 <= a <= 15 is smallest: 0.44 roundings. With those of the arithmetic below they stay below 10 (a^2
   // comes with its rounding error, which the exponential would enlarge). About half the cost of normcdff.
   float const a = std::fabs(x) > 15 ? 15.0f : std::fabs(x);  // beyond, Phi(-a) is 0
-  float t;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(std::fma(a, 0.345f, 1.0f)));
+  float const t = cuda::reciprocal(std::fma(a, 0.345f, 1.0f));
   float p = -0.0279358607f;
   p = std::fma(p, t, 0.143249005f);
   p = std::fma(p, t, -0.267256707f);
@@ -78,9 +81,7 @@ BLACKMAMBA_HD BLACKMAMBA_INLINE T ratio(T a, T b) {
 }
 BLACKMAMBA_HD BLACKMAMBA_INLINE float ratio(float a, float b) {
 #if defined(__CUDA_ARCH__)
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
-  return a * inverse;
+  return a * cuda::reciprocal(b);
 #else
   return a / b;
 #endif

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(128) query_gradient_tiles(gradient_arguments<T
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           int const row = warp_row + 16 * g + lane / 4 + e / 2 * 8, column = 8 * j + lane % 4 * 2 + e % 2;
-          float const weight = exp2_approximate(fmaf(scores[g][j][e], a.scale, -lse[g][e / 2]));
+          float const weight = cuda::power_of_two(fmaf(scores[g][j][e], a.scale, -lse[g][e / 2]));
           float const d_score = weight * (d_weights[g][j][e] - delta[g][e / 2]);
           scores[g][j][e] = masked && column > ahead + row ? 0.0f : d_score;
         }
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(key_gradient_shape<HeadDim>::threads)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           int const row = warp_row + 16 * g + lane / 4 + e / 2 * 8;
-          float weight = exp2_approximate(fmaf(scores[g][j][e], a.scale, -(e % 2 ? lse_pair.y : lse_pair.x)));
+          float weight = cuda::power_of_two(fmaf(scores[g][j][e], a.scale, -(e % 2 ? lse_pair.y : lse_pair.x)));
           if (masked && row > ahead + column + e % 2) weight = 0;
           scores[g][j][e] = weight;
           d_weights[g][j][e] = weight * (d_weights[g][j][e] - (e % 2 ? delta_pair.y : delta_pair.x));

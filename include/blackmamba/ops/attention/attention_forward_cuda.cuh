@@ -122,14 +122,14 @@ __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const 
         for (int j = 0; j < keys / 8; ++j) most = fmaxf(most, fmaxf(scores[g][j][2 * h], scores[g][j][2 * h + 1]));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        float const factor = exp2_approximate((top[g][h] - most) * a.scale), shift = most * a.scale;
+        float const factor = cuda::power_of_two((top[g][h] - most) * a.scale), shift = most * a.scale;
         top[g][h] = most;
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < keys / 8; ++j)
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            scores[g][j][e] = exp2_approximate(fmaf(scores[g][j][e], a.scale, -shift));
+            scores[g][j][e] = cuda::power_of_two(fmaf(scores[g][j][e], a.scale, -shift));
             sum += scores[g][j][e];
           }
         total[g][h] = fmaf(total[g][h], factor, sum);

@@ -1,5 +1,6 @@
 #pragma once
 #include <blackmamba/core/cuda/copy_async_cuda.cuh>
+#include <blackmamba/core/cuda/exponential_cuda.cuh>
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/tensor_core_cuda.cuh>
 #include <blackmamba/core/cuda/vector_cuda.cuh>
@@ -223,12 +224,6 @@ __device__ __forceinline__ void as_left(std::uint32_t (&a)[4], float const (&lef
   a[1] = cuda::packed_pair<T>(left[2], left[3]);
   a[2] = cuda::packed_pair<T>(right[0], right[1]);
   a[3] = cuda::packed_pair<T>(right[2], right[3]);
-}
-/// 2^x to 2 units in the last place; 0 for -infinity.
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // ---- sums on their way out: rows in shared memory, `pitch` apart ----

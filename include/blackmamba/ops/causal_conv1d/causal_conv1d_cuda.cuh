@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/cuda/exponential_cuda.cuh>
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/sequences_cuda.cuh>
 #include <blackmamba/core/cuda/vector_cuda.cuh>
@@ -91,14 +92,10 @@ struct convolution_column {
   }
 };
 
-/// 1 / (1 + e^-p). In float by the two special functions of the hardware: within 3 units in the last place, and e^-p
-/// within |p| units more.
+/// 1 / (1 + e^-p). In float within 3 units in the last place, and e^-p within |p| units more.
 __device__ __forceinline__ double convolution_sigmoid(double p) { return math::sigmoid(p); }
 __device__ __forceinline__ float convolution_sigmoid(float p) {
-  float e, s;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(p * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + e));
-  return s;
+  return reciprocal(1.0f + power_of_two(p * -1.4426950408889634f));
 }
 
 inline constexpr int convolution_forward_warps = 4;

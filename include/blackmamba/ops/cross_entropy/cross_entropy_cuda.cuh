@@ -1,5 +1,6 @@
 #pragma once
 #include <blackmamba/core/cuda/elementwise_cuda.cuh>
+#include <blackmamba/core/cuda/exponential_cuda.cuh>
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/reduce_cuda.cuh>
 #include <blackmamba/core/cuda/stored_pack_cuda.cuh>
@@ -11,13 +12,9 @@ namespace blackmamba {
 
 namespace detail {
 
-/// e^x for x <= 0. In float: x log2(e) carries half a unit of its own last place, and the unit's 2^x two of its result,
-/// so that the error is at most |x| + 3 roundings; below 2^-126 the result is 0.
-__device__ __forceinline__ float exp_of_difference(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896340736f));
-  return y;
-}
+/// e^x for x <= 0. In float: x log2(e) carries half a unit of its own last place, and 2^x two of its result, so that
+/// the error is at most |x| + 3 roundings; below 2^-126 the result is 0.
+__device__ __forceinline__ float exp_of_difference(float x) { return cuda::power_of_two(x * 1.44269504088896340736f); }
 __device__ __forceinline__ double exp_of_difference(double x) { return exp(x); }
 /// The larger number; a NaN is passed over.
 __device__ __forceinline__ float larger_number(float a, float b) { return fmaxf(a, b); }

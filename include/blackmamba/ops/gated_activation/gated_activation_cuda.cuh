@@ -1,5 +1,6 @@
 #pragma once
 #include <blackmamba/core/cuda/elementwise_cuda.cuh>
+#include <blackmamba/core/cuda/exponential_cuda.cuh>
 #include <blackmamba/ops/gated_activation/gated_activation.hpp>
 
 namespace blackmamba {
@@ -39,9 +40,8 @@ template <class T>
 requires(sizeof(T) == 2) struct activation_for<activation::gelu, T> {
   float gate, distance, bell, tail;  // x, min(|x|, 15), e^(-a^2 / 2), Phi(-a)
   __device__ __forceinline__ explicit activation_for(float x) : gate(x), distance(fminf(fabsf(x), 15.0f)) {
-    float t;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(math::fma(distance, 0.362f, 1.0f)));
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(bell) : "f"(distance * -0.721347520f * distance));
+    float const t = cuda::reciprocal(math::fma(distance, 0.362f, 1.0f));
+    bell = cuda::power_of_two(distance * -0.721347520f * distance);
     float p = 0.0479383533f;
     p = math::fma(p, t, -0.180009855f);
     p = math::fma(p, t, 0.176617428f);

@@ -1,25 +1,12 @@
 #pragma once
 #include <blackmamba/core/config.hpp>
+#include <blackmamba/core/cuda/exponential_cuda.cuh>
 
 #include <cmath>
 
 /// The elementary functions of the recurrence on the device. Decays are most of what a scan computes: one instruction
-/// of the special function unit each in float, with a relative error of 2^-22.5 and no branch.
+/// of the special function unit each in float.
 namespace blackmamba::cuda::detail {
-
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ double power_of_two(double x) { return ::exp2(x); }
-
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 
 /// A product that no sum absorbs. Compilers contract a b + c where they like, here so and there otherwise; a state must
 /// come out the same wherever in a loop its step falls.

@@ -1,4 +1,5 @@
 #pragma once
+#include <blackmamba/core/cuda/exponential_cuda.cuh>
 #include <blackmamba/ops/sinkhorn/sinkhorn_sweeps_cuda.cuh>
 
 #include <algorithm>
@@ -33,12 +34,6 @@ struct sinkhorn_resident_arguments {
   bool packs;  // a row of logits is two packs of four
 };
 
-/// 1 / x for normal x.
-__device__ __forceinline__ float sinkhorn_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 /// Sums N values, a power of two, over the 32 lanes of a warp: lane l ends with the sum of value l N / 32. Every step
 /// halves the values of a lane and the lanes of a value.
 template <int N, int Distance = 16>
@@ -75,7 +70,7 @@ __device__ __forceinline__ bool sinkhorn_newton_in_registers(int n, Pair&& pair,
     float const degree = ((s[k][1] + s[k][2]) + (s[k][3] + s[k][4])) + ((s[k][5] + s[k][6]) + s[k][7]);
     bool const used = k + 1 < n;
     solved = solved && (!used || degree > 1e-30f);
-    inverse[k] = used ? sinkhorn_reciprocal(degree) : 0.0f;
+    inverse[k] = used ? reciprocal(degree) : 0.0f;
 #pragma unroll
     for (int j = k + 1; j < 8; ++j) {
       float const share = s[k][j] * inverse[k];
@@ -307,7 +302,7 @@ class sinkhorn_resident_rows {
 #pragma unroll
     for (int j = 0; j < as::experts; ++j) share[j] = k[j] * w[j];
     float const sum = ((share[0] + share[1]) + (share[2] + share[3])) + ((share[4] + share[5]) + (share[6] + share[7]));
-    float const scale = sinkhorn_reciprocal(sum + math::sinkhorn_no_vote);
+    float const scale = reciprocal(sum + math::sinkhorn_no_vote);
 #pragma unroll
     for (int j = 0; j < as::experts; ++j) share[j] *= scale;
   }
