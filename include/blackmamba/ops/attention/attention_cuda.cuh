@@ -12,9 +12,9 @@
 
 namespace blackmamba {
 
-/// bfloat16 and half run on tensor cores, float and double do not; which kernel runs depends on the type and the head
-/// dimension alone, and a query meets the keys in the same order wherever it stands: packed sequences, pieces of a
-/// prompt and the whole give the same bits.
+/// bfloat16 and half run on tensor cores, float and double do not; on one kind of device, which kernel runs depends on
+/// the type and the head dimension alone, and a query meets the keys in the same order wherever it stands: packed
+/// sequences, pieces of a prompt and the whole give the same bits.
 template <>
 struct backend<attention, device::cuda> {
   using policy_type = device::cuda;
@@ -66,9 +66,16 @@ struct backend<attention, device::cuda> {
     a.y_paired = cuda::rows_in_packs<2>(y);
     if constexpr (sizeof(T) == 2)
       with_head_dim(head_dim, [&](auto padded) {
-        using shape = attention_cuda::forward_shape<padded>;
-        cuda::launch("attention", policy, {blocks(map, shape::queries, a.heads), shape::threads, shape::shared_bytes},
-                     attention_cuda::forward_tiles<T, padded>, a);
+        auto const run = [&](auto keys) {
+          using shape = attention_cuda::forward_shape<padded, keys>;
+          cuda::launch("attention", policy, {blocks(map, shape::queries, a.heads), shape::threads, shape::shared_bytes},
+                       attention_cuda::forward_tiles<T, padded, keys>, a);
+        };
+        if constexpr (padded >= 128)
+          if (attention_cuda::forward_shape<padded>::shared_bytes >
+              static_cast<std::size_t>(cuda::properties().shared_bytes_per_block))
+            return run(std::integral_constant<int, 32>{});
+        run(std::integral_constant<int, 64>{});
       });
     else
       cuda::launch("attention", policy,

@@ -6,7 +6,8 @@
 
 /// Attention forward on tensor cores, for T = bfloat16 and half, HeadDim = 32, 64, 96, 128, 256 (heads are padded with
 /// zeros in shared memory to the next of these). A block of four warps owns 128 queries of one head (64 beyond 128
-/// elements) and goes over the keys that they see, 64 at a time from the sequence's first on, two tiles in flight.
+/// elements) and goes over the keys that they see, 64 at a time from the sequence's first on, two tiles in flight. On
+/// devices whose shared memory does not hold those for HeadDim = 128 or 256, the tiles have 32 keys.
 ///
 /// Operations bound it: 4 dh L^2 / 2 for a head. mma.sync reads its right operand from shared memory for every 16 rows
 /// of the left one; two row groups for each warp halve that traffic, without which it would bind at half the rate.
@@ -27,17 +28,17 @@ struct forward_arguments {
   bool q_vectorised = false, kv_vectorised = false, y_paired = false;
 };
 
-template <int HeadDim>
+template <int HeadDim, int Keys = 64>
 struct forward_shape {
   static constexpr int threads = 128;
   static constexpr int groups = HeadDim > 128 ? 1 : 2;  // of 16 queries, for each warp
-  static constexpr int queries = 64 * groups, keys = 64;
+  static constexpr int queries = 64 * groups, keys = Keys;
   static constexpr std::size_t shared_bytes = (queries + 4 * keys) * row_pitch<HeadDim> * std::size_t{2};
 };
 
-template <class T, int HeadDim>
+template <class T, int HeadDim, int Keys = 64>
 __global__ void __launch_bounds__(128) forward_tiles(forward_arguments<T> const a) {
-  using shape = forward_shape<HeadDim>;
+  using shape = forward_shape<HeadDim, Keys>;
   constexpr int groups = shape::groups, keys = shape::keys, pitch = row_pitch<HeadDim>;
   extern __shared__ uint4 attention_memory[];
   T* const q_tile = reinterpret_cast<T*>(attention_memory);
