@@ -196,7 +196,7 @@ TEST_CASE("language model: what a call can't do is named") {
         "language_model.forward: cu_seqlens: got packed sequences, expected none where logits of the last rows are "
         "wanted; ask for rows::all");
   CHECK(test::message_of<shape_error>([&] { call({.policy = policy, .length = 0}, 0); }) ==
-        "language_model.forward: length: got 0, expected a token at least, to give the logits of the last");
+        "language_model.forward: length: got 0, expected a token at least where logits of the last rows are wanted");
   CHECK(test::message_of<shape_error>([&] { call({.policy = policy, .length = 2}, 3); }) ==
         "language_model.forward: token: got (3), expected (2)");
 }

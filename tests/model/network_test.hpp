@@ -9,7 +9,7 @@ using namespace blackmamba;
 namespace {
 
 struct config {
-  static constexpr int d_model = 32, layers = 6, d_state = 5, d_conv = 4, d_ff = 48, experts = 3, heads = 2, vocab = 512;
+  static constexpr int d_model = 32, layers = 6, d_state = 5, d_conv = 4, d_ff = 48, experts = 3, vocab = 512;
 };
 /// Tensors by name, as a checkpoint has them.
 template <class Network>

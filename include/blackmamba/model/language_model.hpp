@@ -73,7 +73,8 @@ struct language_model {
     if (which == rows::last) {
       check_that(!c.cu_seqlens.present(), op, "cu_seqlens", "packed sequences",
                  "none where logits of the last rows are wanted; ask for rows::all");
-      check_that(c.length > 0, op, "length", std::to_string(c.length), "a token at least, to give the logits of the last");
+      check_that(c.length > 0, op, "length", std::to_string(c.length),
+                 "a token at least where logits of the last rows are wanted");
     }
     residual_stream<S, T> stream = open_stream<P, T>(c, p, token);
     Blocks::template forward<P, T, S>(c, p.blocks, stream, keep.blocks, carried);
