@@ -47,7 +47,8 @@ using cuda = cuda_without_nvcc<>;
 #endif
 
 /// Runs nothing: every operator checks its arguments, takes its scratch from the workspace and returns. A step under
-/// this policy with a measuring arena tells the exact peak of workspace bytes that the same step needs under P.
+/// this policy with a measuring arena tells the exact peak of workspace bytes that the same step needs under P: all of
+/// its device memory; on the host, small lists (of packed sequences, of threads) come from the heap besides.
 template <class P>
 struct dry {
   using memory_space = typename P::memory_space;
