@@ -17,6 +17,14 @@ namespace blackmamba::cuda {
 /// Scratch memory that a product may use: more of it means more ways to share a product among the multiprocessors.
 using gemm_workspace = view<space::device, std::byte, dyn>;
 
+/// Whether products of this element type can run on the warpgroups of the current device: it is a Hopper, and this
+/// program has code for sm_90a.
+template <class T>
+bool warpgroup_products_exist() {
+  return detail::wgmma_product_exists<detail::wgmma::shape<256>, true, true, T, T, as_is>() &&
+         detail::wgmma_product_exists<detail::wgmma::shape<128>, true, true, T, T, as_is>();
+}
+
 namespace detail {
 /// A B^T of 16-bit operands.
 template <transpose TransposeA, transpose TransposeB, class TA, class TB>

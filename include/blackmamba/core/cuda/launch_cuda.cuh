@@ -124,9 +124,9 @@ __device__ __forceinline__ void wait_for_launch_ahead() {
 }
 
 namespace detail {
-/// Lets a kernel have this much dynamic shared memory. Without being asked, a device gives a block 48 KB, the kernel's own
-/// included; what is asked for is state of the function, so it is asked for once, and all that there is: two threads may
-/// launch one kernel with different sizes. @throws cuda_error with both sizes where the device has less
+/// Lets a kernel have this much dynamic shared memory. Without being asked, a device gives a block 48 KB, the kernel's
+/// own included; what is asked for is state of the function, so it is asked for once, and all that there is: threads
+/// may launch one kernel with different sizes. @throws cuda_error with both sizes where the device has less
 inline void allow_shared_bytes(char const* op, void const* kernel, std::size_t bytes) {
   struct seen {
     std::size_t own = 0;
