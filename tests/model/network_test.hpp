@@ -32,15 +32,17 @@ void check_uniform(test::values const& v, double bound, std::string const& name)
   CHECK_MESSAGE(std::abs(3 * mean_square(v) / (bound * bound) - 1) <= 5 * std::sqrt(0.8 / n), name);
 }
 
+template <class S, storage T>
+struct observed_parameters : mlp<test::tiny>::parameters<S, T> {
+  view<S, accum_t<T>, dyn> inner_norm;
+  view<S, std::int32_t, dyn> seen;
+  view<S, sinkhorn::report, dyn> report;
+  view<S, std::int64_t, dyn> visits;
+};
 /// A dense layer with a norm inside and observations of its own.
 struct observed_mlp : mlp<test::tiny> {
   template <class S, storage T>
-  struct parameters : mlp<test::tiny>::parameters<S, T> {
-    view<S, accum_t<T>, dyn> inner_norm;
-    view<S, std::int32_t, dyn> seen;
-    view<S, sinkhorn::report, dyn> report;
-    view<S, std::int64_t, dyn> visits;
-  };
+  using parameters = observed_parameters<S, T>;
   template <class Parameters, class Visitor>
   static void visit(Parameters& p, std::string const& prefix, Visitor&& v) {
     v(entry{prefix + "seen", kind::statistic, {1}}, p.seen);
