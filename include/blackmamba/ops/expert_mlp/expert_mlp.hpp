@@ -167,6 +167,11 @@ struct expert_mlp {
   }
 };
 
+namespace detail {
+template <class Activation, device_policy P, storage T>
+struct expert_mlp_steps;  // expert_mlp_steps.hpp, which includes this file
+}
+
 }  // namespace blackmamba
 
 #include <blackmamba/ops/expert_mlp/expert_mlp_cpu.hpp>
