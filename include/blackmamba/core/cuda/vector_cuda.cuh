@@ -117,6 +117,18 @@ __device__ __forceinline__ void store_pack(T* p, pack<A, N> const& x) {
   for (int i = 0; i < raw::words; ++i) reinterpret_cast<typename raw::word*>(p)[i] = r.w[i];
 }
 
+/// As store_pack, to global memory, by instructions of 16 bytes wherever it stands: next to other stores, or where the
+/// address comes from a table, the compiler takes the words of store_pack apart.
+template <int N, class T, class A>
+__device__ __forceinline__ void store_pack_whole(T* p, pack<A, N> const& x) {
+  using raw = detail::raw_pack<T, N>;
+  raw r;
+#pragma unroll
+  for (int i = 0; i < N; ++i) r.e[i] = convert<T>(x.v[i]);
+#pragma unroll
+  for (int i = 0; i < raw::words; ++i) __stwb(reinterpret_cast<typename raw::word*>(p) + i, r.w[i]);
+}
+
 /// What a kernel that works in packs of N is told at its row's end where the width is no multiple of N: the first
 /// `count` elements, zeros beyond.
 template <int N, class T>

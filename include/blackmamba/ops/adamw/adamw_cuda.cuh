@@ -4,6 +4,7 @@
 #include <blackmamba/ops/adamw/adamw.hpp>
 #include <blackmamba/ops/adamw/adamw_math.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -25,7 +26,7 @@ struct adamw_tiles {
   std::int64_t n;
   std::int64_t first_tile, end_tile;
   A learning_rate_scale, weight_decay;
-  int lead;     // elements between the last whole pack's place before the segment and its beginning
+  int lead;     // elements between the place of a line or pack of memory before the segment and its beginning
   bool packed;  // the same for all five arrays: else a thread's elements lie as far apart as there are threads
 };
 
@@ -73,35 +74,38 @@ __global__ void __launch_bounds__(adamw_threads) adamw_update(__grid_constant__ 
 
     std::int64_t const first = (tile - s.first_tile) * (adamw_threads * N) - s.lead;
     std::int64_t const at = first + static_cast<int>(threadIdx.x) * (s.packed ? N : 1);
-    int const apart = s.packed ? 1 : adamw_threads;
-    bool const whole = s.packed && at >= 0 && at + N <= s.n;
-    auto const each = [&](auto&& body) {  // the elements one by one
+    auto const update = [&](auto&& load, auto&& store) {
+      pack<A, N> const g = load(s.gradient);
+      pack<A, N> p = load(s.parameter), m = load(s.first_moment), v = load(s.second_moment);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        std::int64_t const i = at + j * apart;
-        if (i >= 0 && i < s.n) body(i, j);
-      }
+      for (int j = 0; j < N; ++j) math::adamw_update(p[j], m[j], v[j], g[j], f);
+      store(s.first_moment, m);
+      store(s.second_moment, v);
+      store(s.parameter, p);
+      if (s.copy) store(s.copy, p);
     };
-    auto const load = [&](A const* x) {
-      if (whole) return load_pack_streaming<N>(x + at);
-      pack<A, N> some{};
-      each([&](std::int64_t i, int j) { some[j] = x[i]; });
-      return some;
-    };
-    pack<A, N> const g = load(s.gradient);
-    pack<A, N> p = load(s.parameter), m = load(s.first_moment), v = load(s.second_moment);
+    if (s.packed && at >= 0 && at + N <= s.n) {
+      update([&](A const* x) { return load_pack_streaming<N>(x + at); },
+             [&](auto* x, pack<A, N> const& values) { store_pack_whole<N>(x + at, values); });
+    } else {  // one by one
+      int const apart = s.packed ? 1 : adamw_threads;
+      auto const each = [&](auto&& body) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) math::adamw_update(p[j], m[j], v[j], g[j], f);
-    auto const store = [&]<class X>(X* x, pack<A, N> const& values) {
-      if (whole)
-        store_pack<N>(x + at, values);
-      else
-        each([&](std::int64_t i, int j) { x[i] = convert<X>(values[j]); });
-    };
-    store(s.first_moment, m);
-    store(s.second_moment, v);
-    store(s.parameter, p);
-    if (s.copy) store(s.copy, p);
+        for (int j = 0; j < N; ++j) {
+          std::int64_t const i = at + j * apart;
+          if (i >= 0 && i < s.n) body(i, j);
+        }
+      };
+      update(
+          [&](A const* x) {
+            pack<A, N> some{};
+            each([&](std::int64_t i, int j) { some[j] = x[i]; });
+            return some;
+          },
+          [&]<class X>(X* x, pack<A, N> const& values) {
+            each([&](std::int64_t i, int j) { x[i] = convert<X>(values[j]); });
+          });
+    }
   }
 }
 
@@ -186,15 +190,20 @@ struct backend<adamw, device::cuda> {
   static cuda::detail::adamw_tiles<T> tiles_of(adamw::segment<device::cuda, T> const& s, std::int64_t first_tile) {
     using A = accum_t<T>;
     constexpr int width = cuda::pack_width<A>;
-    auto const after_pack = [](auto const* x) {  // elements between the last pack's place and x
-      return static_cast<int>(reinterpret_cast<std::uintptr_t>(x) / sizeof(*x) % width);
+    // How many elements lie between the last place before x that is a multiple of `unit`, and x, where that is the same
+    // for all five arrays.
+    auto const after = [&](int unit) {
+      auto const of = [&](auto const* x) {
+        return static_cast<int>(reinterpret_cast<std::uintptr_t>(x) / sizeof(*x) % static_cast<std::uintptr_t>(unit));
+      };
+      int const lead = of(s.parameter.data());
+      bool const same = of(s.gradient.data()) == lead && of(s.first_moment.data()) == lead &&
+                        of(s.second_moment.data()) == lead && (!s.copy.present() || of(s.copy.data()) == lead);
+      return same ? lead : -1;
     };
-    int const lead = after_pack(s.parameter.data());
-    bool const packed = after_pack(s.gradient.data()) == lead && after_pack(s.first_moment.data()) == lead &&
-                        after_pack(s.second_moment.data()) == lead &&
-                        (!s.copy.present() || after_pack(s.copy.data()) == lead);
+    // Packs of a warp that begin with a line of 128 bytes touch the fewest.
+    int const of_line = after(8 * width), lead = of_line >= 0 ? of_line : after(width);
     std::int64_t const n = s.parameter.extent(0), tile = cuda::detail::adamw_threads * width;
-    std::int64_t const tiles = (n + (packed ? lead : 0) + tile - 1) / tile;
     return {.parameter = s.parameter.data(),
             .gradient = s.gradient.data(),
             .first_moment = s.first_moment.data(),
@@ -202,11 +211,11 @@ struct backend<adamw, device::cuda> {
             .copy = s.copy.data(),
             .n = n,
             .first_tile = first_tile,
-            .end_tile = first_tile + tiles,
+            .end_tile = first_tile + (n + std::max(lead, 0) + tile - 1) / tile,
             .learning_rate_scale = static_cast<A>(s.learning_rate_scale),
             .weight_decay = static_cast<A>(s.weight_decay),
-            .lead = packed ? lead : 0,
-            .packed = packed};
+            .lead = std::max(lead, 0),
+            .packed = lead >= 0};
   }
 };
 
