@@ -254,14 +254,31 @@ void embedding_forward(benchmark::State& state) {
   if (!agrees(state, "y", on_host(sets[0].y.as_view(), 0, checked), y, 0)) return;
   bench::measure(state, {.bytes = bytes}, sets, call);
 }
+/// Tokens of which number n + 1 occurs in proportion to 1 / (n + 1)^Exponent: uniform, as words do, and, for a large
+/// exponent, one alone.
+template <int Exponent>
+device_tensor<std::int32_t, dyn> random_words(int seed, std::int64_t rows, std::int64_t vocabulary) {
+  if constexpr (Exponent == 0)
+    return bench::random_tensor<std::int32_t>(seed, 0.0f, static_cast<float>(vocabulary), rows);
+  std::vector<double> upto(static_cast<std::size_t>(vocabulary));
+  double sum = 0;
+  for (std::size_t n = 0; n < upto.size(); ++n) upto[n] = sum += std::pow(static_cast<double>(n + 1), -Exponent);
+  auto const uniform = on_host(bench::random_tensor<float>(seed, 0.0f, 1.0f, rows).as_view());
+  host_tensor<std::int32_t, dyn> token(rows);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    auto const at = std::lower_bound(upto.begin(), upto.end(), static_cast<double>(uniform.data()[r]) * sum);
+    token(r) = static_cast<std::int32_t>(std::min<std::int64_t>(at - upto.begin(), vocabulary - 1));
+  }
+  device_tensor<std::int32_t, dyn> words(rows);
+  memory::upload(policy(), token.as_view(), words.as_view());
+  return words;
+}
 /// Bytes count the gradients' rows once, and each row of the table that occurs read and written.
+template <int Exponent>
 void embedding_backward(benchmark::State& state) {
   std::int64_t const rows = state.range(0), width = state.range(1), vocabulary = state.range(2);
-  double const occurring =
-      static_cast<double>(vocabulary) * (1 - std::exp(-static_cast<double>(rows) / static_cast<double>(vocabulary)));
-  double const bytes = static_cast<double>(width) * (2 * static_cast<double>(rows) + 8 * occurring);
-  auto const sets = bench::rotated(bytes, [&](int i) {
-    return embedding_set{bench::random_tensor<std::int32_t>(i, 0.0f, static_cast<float>(vocabulary), rows),
+  auto const sets = bench::rotated(static_cast<double>(rows * width) * 2, [&](int i) {
+    return embedding_set{random_words<Exponent>(i, rows, vocabulary),
                          {},
                          bench::random_tensor<bfloat16>(i + 1, rows, width),
                          zeros<float>(policy(), vocabulary, width)};
@@ -274,7 +291,11 @@ void embedding_backward(benchmark::State& state) {
   auto const d_y = on_host(sets[0].y.as_view());
   auto const d_table = zeros<float>(host, vocabulary, width);
   embedding::backward<device::cpu, bfloat16>(host, token, d_y.reshape(rows, width), d_table);
-  if (!agrees(state, "d_table", on_host(sets[0].d_table.as_view()), d_table, 1e-5)) return;
+  if (!agrees(state, "d_table", on_host(sets[0].d_table.as_view()), d_table, 0)) return;
+  std::vector<bool> occurs(static_cast<std::size_t>(vocabulary));
+  for (std::int64_t r = 0; r < rows; ++r) occurs[static_cast<std::size_t>(token.data()[r])] = true;
+  auto const occurring = static_cast<double>(std::count(occurs.begin(), occurs.end(), true));
+  double const bytes = static_cast<double>(width) * (2 * static_cast<double>(rows) + 8 * occurring);
   bench::measure(state, {.bytes = bytes}, sets, call);
 }
 BENCHMARK(embedding_forward)
@@ -282,11 +303,13 @@ BENCHMARK(embedding_forward)
     ->Apply(bench::manual)
     ->Args({65536, 1472, 50304})
     ->Args({65536, 1472, 256});
-BENCHMARK(embedding_backward)
-    ->ArgNames({"rows", "width", "vocabulary"})
-    ->Apply(bench::manual)
-    ->Args({65536, 1472, 50304})
-    ->Args({65536, 1472, 256});
+void embedding_gradient_shapes(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"rows", "width", "vocabulary"})->Apply(bench::manual);
+  for (int vocabulary : {50304, 256}) b->Args({65536, 1472, vocabulary});
+}
+BENCHMARK(embedding_backward<0>)->Name("embedding_backward")->Apply(embedding_gradient_shapes);
+BENCHMARK(embedding_backward<1>)->Name("embedding_backward_of_words")->Apply(embedding_gradient_shapes);
+BENCHMARK(embedding_backward<64>)->Name("embedding_backward_of_one_token")->Apply(embedding_gradient_shapes);
 
 // ---- adamw ----
 

@@ -2,6 +2,8 @@
 
 #include <blackmamba/ops/embedding/embedding.hpp>
 
+#include <map>
+
 using namespace blackmamba;
 
 namespace {
@@ -34,25 +36,39 @@ test::values run_backward(test::values const& token, test::values const& d_y, te
   embedding::backward<test_policy, T>(policy, t, dy, d);
   return test::download(d);
 }
-/// The definition, in A, position by position: what backward must give to the last bit.
+/// The definition, in A: what backward must give to the last bit.
 template <class A>
 test::values reference_backward(test::values const& token, test::values const& d_y, test::values d_table,
                                 std::int64_t width) {
   auto const w = static_cast<std::size_t>(width);
-  for (std::size_t r = 0; r < token.size(); ++r)
+  std::map<double, std::vector<std::size_t>> rows;
+  for (std::size_t r = 0; r < token.size(); ++r) rows[token[r]].push_back(r);
+  for (auto const& [v, of] : rows)
     for (std::size_t i = 0; i < w; ++i) {
-      auto& d = d_table[row_of(token[r]) * w + i];
-      d = static_cast<double>(static_cast<A>(d) + static_cast<A>(d_y[r * w + i]));
+      std::size_t const runs = std::max<std::size_t>(1, of.size() / 64);
+      A sum = 0, group = 0;
+      for (std::size_t run = 0; run < runs; ++run) {
+        A rows_of_run = 0;
+        for (std::size_t k = 64 * run; k < (run + 1 < runs ? 64 * (run + 1) : of.size()); ++k)
+          rows_of_run += static_cast<A>(d_y[of[k] * w + i]);
+        group += rows_of_run;
+        if (run + 1 == runs || run % 32 == 31) {
+          sum += group;
+          group = 0;
+        }
+      }
+      auto& d = d_table[row_of(v) * w + i];
+      d = static_cast<double>(static_cast<A>(d) + sum);
     }
   return d_table;
 }
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("embedding: rows of the table, and sums into it in order of position", T, STORAGE_TYPES) {
+TEST_CASE_TEMPLATE("embedding: rows of the table, and sums into it in the order of the definition", T, STORAGE_TYPES) {
   using A = accum_t<T>;
-  for (std::int64_t rows : {0, 1, 7, 300})
-    for (std::int64_t width : {0, 1, 16, 65, 130})
+  for (std::int64_t rows : test::sizes({0, 1, 7, 300}))
+    for (std::int64_t width : test::sizes({0, 1, 16, 65, 130}))
       for (std::int64_t vocabulary : {1, 3, 1000}) {
         auto const token = random_tokens(rows, vocabulary);
         auto const table = test::rounded<T>(test::random_normal(vocabulary * width, 2));
@@ -69,10 +85,21 @@ TEST_CASE_TEMPLATE("embedding: rows of the table, and sums into it in order of p
                           reference_backward<A>(token, d_y, before, width), "d_table");
       }
 }
-TEST_CASE_TEMPLATE("embedding: many positions of one token, in chunks that begin and end with it", T, STORAGE_TYPES) {
+// Of one run, of several (the last of 64 to 127 rows), of a whole group and one run more, of several groups.
+TEST_CASE_TEMPLATE("embedding: many positions of one token, with others before and after", T, STORAGE_TYPES) {
   using A = accum_t<T>;
-  for (auto [rows, width] : std::vector<std::pair<std::int64_t, std::int64_t>>{
-           {65, 8}, {66, 70}, {67, 136}, {255, 70}, {256, 70}, {257, 72}, {1000, 70}, {1000, 264}}) {
+  for (auto [rows, width] : std::vector<std::pair<std::int64_t, std::int64_t>>{{65, 8},
+                                                                               {66, 70},
+                                                                               {129, 136},
+                                                                               {130, 70},
+                                                                               {255, 70},
+                                                                               {257, 72},
+                                                                               {1000, 264},
+                                                                               {2050, 8},
+                                                                               {2177, 72},
+                                                                               {2178, 8},
+                                                                               {10000, 40},
+                                                                               {4200, 5}}) {
     auto token = test::values(static_cast<std::size_t>(rows), 2.0);
     token.front() = 0;
     token.back() = 4;
@@ -80,6 +107,20 @@ TEST_CASE_TEMPLATE("embedding: many positions of one token, in chunks that begin
     auto const before = test::values(static_cast<std::size_t>(5 * width), 0.5);
     test::check_equal(run_backward<T>(token, d_y, before, 5, width), reference_backward<A>(token, d_y, before, width),
                       "d_table");
+  }
+}
+// Numbers of rows and tokens for which the sort is divided differently.
+TEST_CASE("embedding: tokens of which a few occur very often") {
+  for (auto [rows, vocabulary] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+           {20000, 7}, {4096, 256}, {17001, 256}, {16384, 6144}, {16385, 6145}, {9000, 24577}}) {
+    std::int64_t const width = 8;
+    auto token = random_tokens(rows, vocabulary, 9);
+    for (std::size_t i = 0; i < token.size(); ++i) token[i] = std::floor(token[i] / static_cast<double>(1 + i % 50));
+    auto const d_y = test::rounded<bfloat16>(test::random_normal(rows * width, 1));
+    auto const before = test::rounded<float>(test::random_normal(vocabulary * width, 2));
+    auto const once = run_backward<bfloat16>(token, d_y, before, vocabulary, width);
+    test::check_equal(once, reference_backward<float>(token, d_y, before, width), "d_table");
+    test::check_equal(run_backward<bfloat16>(token, d_y, before, vocabulary, width), once, "d_table again");
   }
 }
 TEST_CASE_TEMPLATE("embedding: tokens that occur seldom, often and in runs, of bytes and of words", T, float,
@@ -170,7 +211,7 @@ TEST_CASE("embedding: scratch is exact") {
   auto const token = zeros<std::int32_t>(make_policy(), 9);
   auto const d_y = zeros<float>(make_policy(), 9, 3), table = zeros<float>(make_policy(), 100, 3);
   embedding::backward<dry, float>(dry{&measure}, token, d_y, table);
-  CHECK(measure.peak() == embedding::scratch_bytes<test::test_space>(9, 100));
+  CHECK(measure.peak() == embedding::scratch_bytes<float, test::test_space>(9, 3, 100));
 }
 TEST_CASE("embedding: on a device, a token outside the vocabulary gives NaN and adds nothing") {
   if (std::is_same_v<test::test_space, space::host>) return;  // there it is an error
@@ -187,6 +228,26 @@ TEST_CASE("embedding: on a device, a token outside the vocabulary gives NaN and 
   auto const d = run_backward<double>(token, d_y, test::values(45, 0.0), 9, 5);
   for (std::size_t v = 0; v < 9; ++v)
     for (std::size_t i = 0; i < 5; ++i) CHECK(d[v * 5 + i] == (v == 3 ? d_y[i] : v == 1 ? d_y[15 + i] : 0.0));
+}
+TEST_CASE("embedding: on a device, tokens outside the vocabulary among many") {
+  if (std::is_same_v<test::test_space, space::host>) return;
+  for (std::int64_t rows : {300, 20000})
+    for (std::int64_t every : {2, 17}) {
+      std::int64_t const vocabulary = 30, width = 16;
+      auto const token = random_tokens(rows, vocabulary, 3);
+      auto const d_y = test::rounded<float>(test::random_normal(rows * width, 1));
+      test::values part_token, part_d_y, all_token = token;
+      for (std::int64_t r = 0; r < rows; ++r)
+        if (r % every == 0) {
+          all_token[static_cast<std::size_t>(r)] = r % 3 == 0 ? 30 : r % 3 == 1 ? -1 : 2147483647;
+        } else {
+          part_token.push_back(token[static_cast<std::size_t>(r)]);
+          part_d_y.insert(part_d_y.end(), d_y.begin() + r * width, d_y.begin() + (r + 1) * width);
+        }
+      auto const before = test::rounded<float>(test::random_normal(vocabulary * width, 2));
+      test::check_equal(run_backward<float>(all_token, d_y, before, vocabulary, width),
+                        reference_backward<float>(part_token, part_d_y, before, width), "d_table");
+    }
 }
 TEST_CASE("embedding: shapes and tokens that do not fit are named") {
   auto const token = test::upload<std::int32_t>({3, 1, -2, 9}, 4);
