@@ -81,7 +81,7 @@ struct backend<embedding, device::cpu> {
   template <int Packs, class V, class Row, class Done>
   static void add_sum(std::int64_t count, Row&& row, Done&& done) {
     if (count >= 2 * embedding::run_rows) return add_runs<Packs, V>(count, row, done);
-    V run[Packs];
+    V run[static_cast<std::size_t>(Packs)];
     for (int j = 0; j < Packs; ++j) run[j] = 0;
     for (std::int64_t i = 0; i < count; ++i)
       for (int j = 0; j < Packs; ++j) run[j] += row(i, j);
