@@ -90,12 +90,13 @@ struct backend<embedding, device::cpu> {
   template <int Packs, class V, class Row, class Done>
   static void add_runs(std::int64_t count, Row const& row, Done const& done) {
     std::int64_t const runs = count / embedding::run_rows;
-    V total[Packs], group[Packs];
+    constexpr auto packs = static_cast<std::size_t>(Packs);
+    V total[packs], group[packs];
     for (int j = 0; j < Packs; ++j) total[j] = group[j] = 0;
     for (std::int64_t r = 0; r < runs; ++r) {
       bool const last = r + 1 == runs;
       std::int64_t const begin = r * embedding::run_rows, end = last ? count : begin + embedding::run_rows;
-      V run[Packs];
+      V run[packs];
       for (int j = 0; j < Packs; ++j) run[j] = 0;
       for (std::int64_t i = begin; i < end; ++i)
         for (int j = 0; j < Packs; ++j) run[j] += row(i, j);
