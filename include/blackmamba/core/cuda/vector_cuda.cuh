@@ -69,6 +69,11 @@ struct raw_pack {
     std::uint32_t pair[bytes < 4 ? 1 : bytes / 4];  // of 16-bit elements
   };
   __device__ __forceinline__ raw_pack() {}
+  template <class A>
+  __device__ __forceinline__ explicit raw_pack(pack<A, N> const& x) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) e[i] = convert<T>(x.v[i]);
+  }
 
   /// One instruction for an element: of a pair, the compiler would take the upper bfloat16 out and then shift it.
   __device__ __forceinline__ auto widened() const {
@@ -110,9 +115,7 @@ __device__ __forceinline__ pack<accum_t<T>, N> load_pack_streaming(T const* p) {
 template <int N, class T, class A>
 __device__ __forceinline__ void store_pack(T* p, pack<A, N> const& x) {
   using raw = detail::raw_pack<T, N>;
-  raw r;
-#pragma unroll
-  for (int i = 0; i < N; ++i) r.e[i] = convert<T>(x.v[i]);
+  raw const r(x);
 #pragma unroll
   for (int i = 0; i < raw::words; ++i) reinterpret_cast<typename raw::word*>(p)[i] = r.w[i];
 }
@@ -122,9 +125,7 @@ __device__ __forceinline__ void store_pack(T* p, pack<A, N> const& x) {
 template <int N, class T, class A>
 __device__ __forceinline__ void store_pack_whole(T* p, pack<A, N> const& x) {
   using raw = detail::raw_pack<T, N>;
-  raw r;
-#pragma unroll
-  for (int i = 0; i < N; ++i) r.e[i] = convert<T>(x.v[i]);
+  raw const r(x);
 #pragma unroll
   for (int i = 0; i < raw::words; ++i) __stwb(reinterpret_cast<typename raw::word*>(p) + i, r.w[i]);
 }

@@ -92,8 +92,6 @@ struct scan_stash {
   static constexpr int threads = static_cast<int>(scan_tiles::threads), packs = Rule::packs;
   static constexpr std::size_t data_bytes = 2 * threads * packs * rounded<data>;
   static constexpr std::size_t bytes = data_bytes + 2 * threads * packs * rounded<map>;
-  // With the kernel's own it is more than may be had without being asked for, or clearly less.
-  static constexpr std::size_t launch_bytes = bytes > 40 * 1024 ? std::max<std::size_t>(bytes, 49 * 1024) : bytes;
   static constexpr bool fits = bytes <= 100 * 1024;
   static constexpr int blocks = bytes <= 48 * 1024 ? 3 : 2;  // of a multiprocessor
 
@@ -328,7 +326,7 @@ void launch_scan_rows(char const* op, device::cuda const& policy, Rule const& ru
       std::int64_t const resident = std::int64_t{properties().multiprocessors} * scan_stash<Rule>::blocks;
       launch(op, policy,
              {static_cast<unsigned>(std::min<std::int64_t>(resident, list.blocks())),
-              static_cast<unsigned>(scan_tiles::threads + 32), scan_stash<Rule>::launch_bytes},
+              static_cast<unsigned>(scan_tiles::threads + 32), scan_stash<Rule>::bytes},
              scan_rows_streamed<Rule>, rule, list, slots);
       return;
     }
