@@ -48,7 +48,8 @@ struct backend<expert_mlp, device::cuda> {
       using gated = cuda::gated_units<detail::gate_function_of<typename Activation::function, T>, T>;
       auto x = product_of<T, gated>(in, keep.permuted, in.fc1, in.fc1_bias, keep.activated);
       x.result = {.both = keep.h.data(), .both_stride = keep.h.stride(0)};
-      cuda::gemm_groups_gated("expert_mlp", policy, x);
+      if (!cuda::gemm_groups_gated("expert_mlp", policy, x))
+        throw cuda_error("expert_mlp: " + cuda::detail::device_text() + " has no path for products of 16-bit operands");
     }
     if constexpr (cuda::tensor_core_operand<T>)
       if (in.gate.extent(1) == 1) {
