@@ -124,27 +124,6 @@ struct layer {
   }
 };
 
-/// Median seconds of a call of f and of g, each in several stretches of 20 ms after 10 ms of its own.
-template <class F, class G>
-std::pair<double, double> seconds_in_turns(F&& f, G&& g) {
-  auto const stretch = [&](auto const& call, std::vector<double>& samples) {
-    double const once = bench::device_seconds(bench::stream(), call);
-    int const calls = std::max(2, static_cast<int>(20e-3 / once));
-    for (int i = 0; i < calls / 2; ++i) call();
-    samples.push_back(bench::device_seconds(bench::stream(),
-                                            [&] {
-                                              for (int i = 0; i < calls; ++i) call();
-                                            }) /
-                      calls);
-  };
-  std::vector<double> first, second, unused;
-  for (int turn = 0; turn < 6; ++turn) {
-    stretch(f, turn == 0 ? unused : first);
-    stretch(g, turn == 0 ? unused : second);
-  }
-  return {bench::median(first), bench::median(second)};
-}
-
 /// An 8192^3 product.
 struct square {
   static constexpr std::int64_t n = 8192;
@@ -166,7 +145,7 @@ void whole(benchmark::State& state, pass what) {
   if (tokens > 4096) {
     square product;
     auto const [seconds, product_seconds] =
-        seconds_in_turns([&] { l.run(bench::stream(), what); }, [&] { product.run(); });
+        bench::seconds_in_turns([&] { l.run(bench::stream(), what); }, [&] { product.run(); });
     for (auto _ : state) state.SetIterationTime(seconds);
     double const rate = square::operations / product_seconds;
     state.counters["us"] = seconds * 1e6;
@@ -224,7 +203,7 @@ void experts(benchmark::State& state, bool keep) {
   double seconds = 0, steps_seconds = 0;
   if (tokens > 4096) {
     std::tie(seconds, steps_seconds) =
-        seconds_in_turns([&] { fused(bench::stream()); }, [&] { lines(bench::stream()); });
+        bench::seconds_in_turns([&] { fused(bench::stream()); }, [&] { lines(bench::stream()); });
   } else {
     std::vector<int> const once{0};
     seconds = bench::seconds_of_call(once, 1, [&](device::cuda const& p, int) { fused(p.stream); });

@@ -90,34 +90,13 @@ bool correct(benchmark::State& state, problem const& p) {
   return bench::agrees(state, "y", y, expected, 0x1p-8);
 }
 
-/// Median seconds of a call of f and of g, each in several stretches of 20 ms after 10 ms of its own.
-template <class F, class G>
-std::pair<double, double> seconds_in_turns(F&& f, G&& g) {
-  arena<space::device> workspace(std::size_t{64} << 20);
-  device::cuda const policy{.stream = bench::stream(), .workspace = &workspace};
-  auto const stretch = [&](auto const& call, std::vector<double>& samples) {
-    double const once = bench::device_seconds(bench::stream(), [&] { call(policy); });
-    int const calls = std::max(2, static_cast<int>(20e-3 / once));
-    for (int i = 0; i < calls / 2; ++i) call(policy);
-    samples.push_back(bench::device_seconds(bench::stream(),
-                                            [&] {
-                                              for (int i = 0; i < calls; ++i) call(policy);
-                                            }) /
-                      calls);
-  };
-  std::vector<double> first, second, unused;
-  for (int turn = 0; turn < 6; ++turn) {
-    stretch(f, turn == 0 ? unused : first);
-    stretch(g, turn == 0 ? unused : second);
-  }
-  return {bench::median(first), bench::median(second)};
-}
-
 void many(benchmark::State& state, pass what, bool skewed) {
   problem const p(1, state.range(0), state.range(1), state.range(2), skewed, what);
   if (what == pass::forward && !skewed && !correct(state, p)) return;
-  auto const [dense, seconds] = seconds_in_turns([&](device::cuda const& policy) { p.dense(policy, what); },
-                                                 [&](device::cuda const& policy) { p.grouped(policy, what); });
+  arena<space::device> workspace(std::size_t{64} << 20);
+  device::cuda const policy{.stream = bench::stream(), .workspace = &workspace};
+  auto const [dense, seconds] =
+      bench::seconds_in_turns([&] { p.dense(policy, what); }, [&] { p.grouped(policy, what); });
   for (auto _ : state) state.SetIterationTime(seconds);
   state.counters["us"] = seconds * 1e6;
   state.counters["Tops"] = p.operations() / seconds * 1e-12;

@@ -234,6 +234,27 @@ double measure(benchmark::State& state, work const& least, Sets const& sets, F&&
   return seconds;
 }
 
+/// Median seconds of a call of f and of g, each in several stretches of 20 ms after 10 ms of its own.
+template <class F, class G>
+std::pair<double, double> seconds_in_turns(F&& f, G&& g) {
+  auto const stretch = [&](auto const& call, std::vector<double>& samples) {
+    double const once = device_seconds(stream(), call);
+    int const calls = std::max(2, static_cast<int>(20e-3 / once));
+    for (int i = 0; i < calls / 2; ++i) call();
+    samples.push_back(device_seconds(stream(),
+                                     [&] {
+                                       for (int i = 0; i < calls; ++i) call();
+                                     }) /
+                      calls);
+  };
+  std::vector<double> first, second, unused;
+  for (int turn = 0; turn < 6; ++turn) {
+    stretch(f, turn == 0 ? unused : first);
+    stretch(g, turn == 0 ? unused : second);
+  }
+  return {median(first), median(second)};
+}
+
 /// The measure's own median is the time: one iteration, told by hand.
 inline void manual(benchmark::internal::Benchmark* b) {
   b->UseManualTime()->Iterations(1)->Unit(benchmark::kMicrosecond);
