@@ -98,7 +98,7 @@ class generator {
     return host_logits_;
   }
 
-  /// The states of all layers: copy it to fork a text, assign one to go back.
+  /// The states of all layers: copy it to fork a text, restore() one to go back.
   state_type const& state() const { return state_; }
   void restore(state_type const& state) {
     check_that(state.batch() == options_.batch && state.capacity() == options_.capacity, "generator.restore", "state",
