@@ -55,6 +55,7 @@ endif()
 
 # CUDA as a language is wanted by the tests, examples and benchmarks alone.
 set(blackmamba_with_cuda OFF)
+set(blackmamba_cuda_compiled_only OFF)
 if(TARGET blackmamba::cuda AND NOT BLACKMAMBA_SANITIZE)
   find_program(CMAKE_CUDA_COMPILER nvcc HINTS ${CUDAToolkit_BIN_DIR})
   include(CheckLanguage)
@@ -75,9 +76,11 @@ if(TARGET blackmamba::cuda AND NOT BLACKMAMBA_SANITIZE)
       string(REPLACE "90-real" "90a-real" CMAKE_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
       message(STATUS "blackmamba: CUDA code for the GPUs that are here: ${CMAKE_CUDA_ARCHITECTURES}")
     else()
-      # Nothing can run here: PTX says whether the code compiles, and assembling it would take half as long again. The
-      # umbrella's test assembles it for two architectures.
+      # Nothing can run here: PTX that was not optimised says whether the code compiles, in half the time. The umbrella's
+      # test optimises and assembles it for two architectures.
       set(CMAKE_CUDA_ARCHITECTURES 90a-virtual)
+      set(blackmamba_cuda_compiled_only ON)
+      target_compile_options(blackmamba_developer INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-Xcicc=-O0>)
     endif()
   endif()
   check_language(CUDA)

@@ -35,7 +35,11 @@ target_link_libraries(blackmamba_test_main PUBLIC blackmamba_developer doctest::
 # level is the host code's alone, wants to be told once.
 target_compile_options(blackmamba_test_main PUBLIC $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CONFIG:Release>>:-O1>)
 if(DEFINED CMAKE_CUDA_FLAGS_RELEASE)
-  string(REGEX REPLACE "-O[0-9]" "-O1" CMAKE_CUDA_FLAGS_RELEASE "${CMAKE_CUDA_FLAGS_RELEASE}")
+  set(level -O1)
+  if(blackmamba_cuda_compiled_only)
+    set(level -O0)
+  endif()
+  string(REGEX REPLACE "-O[0-9]" "${level}" CMAKE_CUDA_FLAGS_RELEASE "${CMAKE_CUDA_FLAGS_RELEASE}")
 endif()
 
 # blackmamba_add_test(<name> <source> <label>...): one program, one test.
