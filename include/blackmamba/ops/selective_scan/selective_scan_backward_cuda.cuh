@@ -3,6 +3,7 @@
 #include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_backward_parts_cuda.cuh>
+#include <blackmamba/ops/selective_scan/selective_scan_backward_sums_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan_exponential_cuda.cuh>
 
 #include <cstdint>
@@ -13,47 +14,9 @@
 /// A block takes chunks of 32 steps, last chunk first, through 64 channels. Of each chunk it runs the recurrence
 /// forward from the checkpoint once, keeping the state before every fourth step in shared memory; then, last four steps
 /// first, forward again and back, with states and decays in registers. Sums over the states of a channel go from lane
-/// to lane; so do sums over the channels of a warp, which are added up over warps, and by another kernel over blocks.
+/// to lane; sums over the channels of a warp too, or by way of shared memory, see state_sums; they are added up over
+/// warps, and by another kernel over blocks. Inputs of a chunk are on their way while the one before is finished.
 namespace blackmamba::cuda::detail {
-
-/// Sums each of v over the lanes that differ in the bits Begin to End / 2, in the same order everywhere. Each lane is
-/// left with the sums of some, in the first elements of v: spread_count of them from spread_first on, the same ones in
-/// lanes for which spread_writes tells one from its twins.
-template <int Begin, int End, int Count, class A, int Size>
-__device__ __forceinline__ void spread_sums(A (&v)[Size], int lane) {
-  if constexpr (Begin < End) {
-    if constexpr (Count > 1) {
-      bool const upper = (lane & Begin) != 0;
-#pragma unroll
-      for (int i = 0; i < Count / 2; ++i) {
-        A const given = upper ? v[i] : v[i + Count / 2], kept = upper ? v[i + Count / 2] : v[i];
-        v[i] = kept + __shfl_xor_sync(0xffffffffu, given, Begin);
-      }
-      spread_sums<2 * Begin, End, Count / 2>(v, lane);
-    } else {
-      v[0] += __shfl_xor_sync(0xffffffffu, v[0], Begin);
-      spread_sums<2 * Begin, End, 1>(v, lane);
-    }
-  }
-}
-template <int Begin, int End, int Count>
-inline constexpr int spread_count = Begin<End && Count> 1 ? spread_count<2 * Begin, End, Count / 2> : Count;
-template <int Begin, int Count>
-inline constexpr int spread_count<Begin, Begin, Count> = Count;
-template <int Begin, int End, int Count>
-__device__ __forceinline__ int spread_first(int lane) {
-  if constexpr (Begin < End && Count > 1)
-    return ((lane & Begin) != 0 ? Count / 2 : 0) + spread_first<2 * Begin, End, Count / 2>(lane);
-  else
-    return 0;
-}
-template <int Begin, int End, int Count>
-__device__ __forceinline__ bool spread_writes(int lane) {
-  if constexpr (Begin < End)
-    return (Count > 1 || (lane & Begin) == 0) && spread_writes<2 * Begin, End, (Count > 1 ? Count / 2 : 1)>(lane);
-  else
-    return true;
-}
 
 /// Shared memory of scan_backward, in elements.
 template <class T, int N>
@@ -68,7 +31,7 @@ struct adjoint_memory {
   static constexpr int B = outputs + adjoint_chunk * block::channels;          ///< (chunk, states)
   static constexpr int C = B + adjoint_chunk * block::states;
   static constexpr int sums = C + adjoint_chunk * block::states;   ///< (warps, steps, 2, states)
-  static constexpr int parameters = sums + block::warps * values;  ///< (warps, channels, 2)
+  static constexpr int parameters = sums + block::warps * values;  ///< (2, threads, 4)  of d_D, of d_delta_bias
   /// Whether sums over the channels of a warp wait for the end of the chunk, each piece's in the slot that its states
   /// have left, so that warps don't wait for each other in between. The last piece has no slot.
   static constexpr bool late = values <= slot;
@@ -76,7 +39,15 @@ struct adjoint_memory {
     return !late || piece == pieces - 1 ? sums + warp * values : starts + (piece * block::warps + warp) * slot;
   }
   static __device__ __forceinline__ int sums_stride(int piece) { return !late || piece == pieces - 1 ? values : slot; }
-  static constexpr int elements = parameters + block::warps * block::channels * 2;
+  /// Whether sums over the channels of a warp go by way of shared memory, as state_sums, and not from lane to lane.
+  static constexpr bool shared_sums = sizeof(accum_t<T>) == 4 && block::lanes == 4 && block::lane_states == 4 &&
+                                      block::lane_channels == 2 && block::steps == 4;
+  static constexpr int exchange_elements = shared_sums ? state_sums<accum_t<T>>::elements : 0;
+  static constexpr int channel_values = parameters + block::threads * 8;    ///< (2, channels)  delta_bias, D
+  static constexpr int exchange = channel_values + 2 * block::channels;     ///< (warps, exchange_elements)
+  static constexpr int walk = exchange + block::warps * exchange_elements;  ///< chunk_walk
+  static constexpr int elements = walk + static_cast<int>(sizeof(chunk_walk) / sizeof(accum_t<T>));
+  static_assert(walk % 4 == 0);
   static_assert(elements * sizeof(accum_t<T>) <= 227 * 1024, "blackmamba: selective_scan: shared memory of a block");
 };
 
@@ -99,7 +70,11 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
   A* const starts = shared + memory::starts + warp * memory::slot + lane * 4;
   A const* const B = shared + memory::B + own;
   A const* const C = shared + memory::C + own;
-  A* const parameters = shared + memory::parameters + warp * width * 2;
+  A* const parameters = shared + memory::parameters + thread * 4;
+  [[maybe_unused]] A* const exchange = shared + memory::exchange + warp * memory::exchange_elements;
+  auto& walk = *reinterpret_cast<chunk_walk*>(shared + memory::walk);
+  bool const gated = in.z.present();
+  auto const z_view = gated ? in.z : in.d_y;
   unsigned const groups = static_cast<unsigned>(chunks.plan.groups);
   std::int64_t const group = blockIdx.x % groups, part = blockIdx.x / groups, channels = in.d_y.extent(2);
 
@@ -121,104 +96,146 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
         reaching[j][n] = d_A[j][n] = A(0);
       }
     }
-    for (int i = lane; i < 2 * width; i += 32) parameters[i] = A(0);
+    store_pack<4>(parameters, pack<A, 4>{});
+    store_pack<4>(parameters + 4 * threads, pack<A, 4>{});
 
     std::int64_t const begin = chunks.begin(part);
+    if (thread == 0) {
+      walk.set(chunk_walk::u, in.u, first_channel), walk.set(chunk_walk::delta, in.delta, first_channel);
+      walk.set(chunk_walk::d_y, in.d_y, first_channel), walk.set(chunk_walk::z, z_view, first_channel);
+      walk.set(chunk_walk::d_u, d.d_u, first_channel), walk.set(chunk_walk::d_delta, d.d_delta, first_channel);
+      walk.set(chunk_walk::d_z, d.d_z, first_channel);
+      walk.set(chunk_walk::B, in.B, 0), walk.set(chunk_walk::C, in.C, 0);
+      walk.number = chunks.end(part) - 1, walk.sequence = chunks.owner(chunks.end(part) - 1);
+    }
+    for (int i = thread; i < 2 * width; i += threads) {
+      auto const& v = i < width ? in.delta_bias : in.D;
+      std::int64_t const c = first_channel + i % width;
+      shared[memory::channel_values + i] = v.present() && c < channels ? v.data()[c] : A(0);
+    }
+    // Four channels of some steps are a thread's to prepare and to finish.
+    int const quad = thread % quads;
+    int const count = static_cast<int>(min(channels - first_channel - 4 * quad, std::int64_t{4}));
+    constexpr int turn = threads / quads;  // steps that the block's threads hold at once
+    constexpr int batch = adjoint_batch(turn, sizeof(T) > 2 ? 2 : 4);
+    A const* const biases = shared + memory::channel_values + 4 * quad;
+    A const* const skips = biases + width;
+    struct step_inputs {
+      raw_pack<T, 4> u[batch], delta[batch], d_y[batch], z[batch];
+    };
+    auto const quad_of = [&](auto const& v, std::int64_t row) {
+      using element = std::remove_pointer_t<decltype(v.data())>;
+      return channel_quad<element, Packs>(v, row + 4 * quad * static_cast<int>(sizeof(T)), count);
+    };
+    auto const fetch = [&](chunk_walk::record const& of, int t0) {
+      auto const u = quad_of(in.u, of.rows[chunk_walk::u]), delta = quad_of(in.delta, of.rows[chunk_walk::delta]),
+                 d_y = quad_of(in.d_y, of.rows[chunk_walk::d_y]), z = quad_of(z_view, of.rows[chunk_walk::z]);
+      step_inputs x;
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        int const t = t0 + k * turn;
+        bool const within = t < of.steps;
+        x.u[k] = u.fetch(t, within), x.delta[k] = delta.fetch(t, within);
+        x.d_y[k] = d_y.fetch(t, within), x.z[k] = z.fetch(t, within);
+      }
+      return x;
+    };
+    __syncthreads();
+    if (warp == 0) walk.find(chunks, begin, walk.records[0], lane);
+    __syncthreads();
+    step_inputs ahead = fetch(walk.records[0], thread / quads);  // on their way while the chunk before is finished
+
     bool entered = false;
-    std::int64_t s = chunks.owner(chunks.end(part) - 1);
 #pragma unroll 1
-    for (std::int64_t number = chunks.end(part) - 1; number >= begin; --number) {
-      scan_chunk chunk;
-      if (!chunks.find(number, s, chunk)) continue;
+    for (int place = 0;; place = 1 - place) {
+      chunk_walk::record const &chunk = walk.records[place], &next = walk.records[1 - place];
+      int const chunk_steps = uniform(chunk.steps);
+      if (chunk_steps < 0) break;
       if (chunk.ends || !entered) {
-        bool const given = chunk.ends ? in.d_final_state.present() : true;
+        bool const ends = chunk.ends, given = ends ? in.d_final_state.present() : true;
 #pragma unroll
         for (int j = 0; j < J; ++j) {
-          A const* const from = !given       ? in.A.data()
-                                : chunk.ends ? in.d_final_state.row(chunk.sequence, row_of(j))
-                                             : work.carry.row(part, row_of(j));
+          A const* const from = !given ? in.A.data()
+                                : ends ? in.d_final_state.row(chunk.sequence, row_of(j))
+                                       : work.carry.row(part, row_of(j));
           load_lane_states<N, Q>(from, own, given && present(j), reaching[j]);
         }
       }
       entered = true;
-      if (chunk.steps > 0) {
-        int const quad = thread % quads;
-        std::int64_t const quad_channel = first_channel + 4 * quad;
-        int const count = static_cast<int>(min(channels - quad_channel, std::int64_t{4}));
-        bool const gated = in.z.present();
+      if (chunk_steps == 0) {
+        __syncthreads();  // every warp has done with the chunk before, whose record is filled anew
+        if (warp == 0) walk.find(chunks, begin, walk.records[1 - place], lane);
+        __syncthreads();
+        ahead = fetch(next, thread / quads);
+      } else {
         choice<A> const softplus(in.delta_softplus), gating(gated);
-        auto const quad_of = [&](auto const& v) {
-          return channel_quad<std::remove_pointer_t<decltype(v.data())>, Packs>(v, chunk, quad_channel, count);
+        using projection_part = projection_rows<T, N, states, threads, Packs>;
+        auto const row_at = [](auto const& v, std::int64_t bytes) {
+          return reinterpret_cast<T const*>(reinterpret_cast<char const*>(v.data()) + bytes);
         };
-        auto const parameter = [&](auto const& v) {
-          return v.present() ? load_some<4>(v.data() + quad_channel, count) : pack<A, 4>{};
+        auto const put_projections = [&](int i, auto&& meanwhile) {
+          projection_part b, c;
+          b.fetch(row_at(in.B, chunk.rows[chunk_walk::B]), in.B.stride(1), chunk_steps, i);
+          c.fetch(row_at(in.C, chunk.rows[chunk_walk::C]), in.C.stride(1), chunk_steps, i);
+          meanwhile();
+          b.put(shared + memory::B, i), c.put(shared + memory::C, i);
         };
         A h[J][Q];  // on its way while what follows is prepared
+        A const* const checkpoint = in.checkpoints.data() + (chunk.number * channels + channel) * N;
 #pragma unroll
-        for (int j = 0; j < J; ++j)
-          load_lane_states<N, Q>(in.checkpoints.data() + (chunk.number * channels + row_of(j)) * N, own, present(j),
-                                 h[j]);
-        constexpr int turn = threads / quads;  // steps that the block's threads hold at once
-        {
-          constexpr int batch = adjoint_batch(turn, sizeof(T) > 2 ? 2 : 4);
-          auto const bias = parameter(in.delta_bias);
-          auto const u_of = quad_of(in.u), delta_of = quad_of(in.delta), d_y_of = quad_of(in.d_y);
-          auto const z_of = gated ? quad_of(in.z) : d_y_of;
-#pragma unroll 1
-          for (int t0 = thread / quads; t0 < adjoint_chunk; t0 += batch * turn) {
-            raw_pack<T, 4> u[batch], delta[batch], d_y[batch], z[batch];
+        for (int j = 0; j < J; ++j) load_lane_states<N, Q>(checkpoint + j * N, own, present(j), h[j]);
+        put_projections(thread, [&] {
+          auto const bias = load_pack<4>(biases);
+          auto const prepare = [&](step_inputs const& x, int t0) {
 #pragma unroll
             for (int k = 0; k < batch; ++k) {
               int const t = t0 + k * turn;
-              bool const within = t < chunk.steps;
-              u[k] = u_of.fetch(t, within), delta[k] = delta_of.fetch(t, within);
-              d_y[k] = d_y_of.fetch(t, within), z[k] = z_of.fetch(t, within);
-            }
-#pragma unroll
-            for (int k = 0; k < batch; ++k) {
-              int const t = t0 + k * turn;
-              pack<A, 8> x;
+              auto const u = x.u[k].widened(), delta = x.delta[k].widened(), d_y = x.d_y[k].widened(),
+                         z = x.z[k].widened();
+              pack<A, 8> time;
               pack<A, 4> d_sum;
 #pragma unroll
               for (int i = 0; i < 4; ++i) {
-                A const dt = time_step<A>(widen(delta[k].e[i]) + bias[i], softplus).dt;
-                x[2 * i] = t < chunk.steps ? dt : A(0);
-                x[2 * i + 1] = x[2 * i] * widen(u[k].e[i]);
-                d_sum[i] = widen(d_y[k].e[i]) * gate<A>(widen(z[k].e[i]), gating).value;
+                A const dt = time_step<A>(delta[i] + bias[i], softplus).dt;
+                time[2 * i] = t < chunk_steps ? dt : A(0);
+                time[2 * i + 1] = time[2 * i] * u[i];
+                d_sum[i] = d_y[i] * gate<A>(z[i], gating).value;
               }
-              store_pack<8>(times + (t * width + 4 * quad) * 2, x);
+              store_pack<8>(times + (t * width + 4 * quad) * 2, time);
               store_pack<4>(outputs + t * width + 4 * quad, d_sum);
             }
-          }
-        }
-        using projection_part = projection_rows<T, N, states, threads, Packs>;
+          };
+          prepare(ahead, thread / quads);
 #pragma unroll 1
-        for (int i = thread; i < projection_part::all; i += projection_part::batch * threads) {
-          projection_part b, c;
-          b.fetch(in.B, chunk, i), c.fetch(in.C, chunk, i);
-          b.put(shared + memory::B, i), c.put(shared + memory::C, i);
-        }
+          for (int t0 = batch * turn; t0 < adjoint_chunk; t0 += batch * turn)
+            prepare(fetch(chunk, t0 + thread / quads), t0 + thread / quads);
+        });
+#pragma unroll 1
+        for (int i = projection_part::batch * threads; i < projection_part::all; i += projection_part::batch * threads)
+          put_projections(i + thread, [] {});
         __syncthreads();
 
+        if (warp == 0) walk.find(chunks, begin, walk.records[1 - place], lane);
         if (!chunk.begins) {
           // What the next chunk reads: the rows before these. A warp asks for one of the tensors.
           constexpr int elements = 128 / static_cast<int>(sizeof(T)), lines = (width + elements - 1) / elements;
-          auto const ask = [&](auto const& v) {
-            for (int i = lane; i < adjoint_chunk * lines; i += 32) {
-              std::int64_t const line = first_channel + i % lines * elements;
-              if (line < channels) prefetch_line(v.row(chunk.batch, chunk.first - adjoint_chunk + i / lines) + line);
-            }
+          auto const ask = [&](auto const& v, int k) {
+            auto const* const row = row_at(v, chunk.rows[k]);
+            for (int i = lane; i < adjoint_chunk * lines; i += 32)
+              if (first_channel + i % lines * elements < channels)
+                prefetch_line(row + i % lines * elements -
+                              std::uint64_t{static_cast<unsigned>(adjoint_chunk - i / lines)} *
+                                  static_cast<unsigned>(v.stride(1)));
           };
           for (int k = warp; k < 4; k += block::warps) {
-            if (k == 0) ask(in.u);
-            if (k == 1) ask(in.delta);
-            if (k == 2) ask(in.d_y);
-            if (k == 3 && gated) ask(in.z);
+            if (k == 0) ask(in.u, chunk_walk::u);
+            if (k == 1) ask(in.delta, chunk_walk::delta);
+            if (k == 2) ask(in.d_y, chunk_walk::d_y);
+            if (k == 3 && gated) ask(in.z, chunk_walk::z);
           }
         }
         A* const lane_times = times + J * pair * 2;
         A* const lane_outputs = outputs + J * pair;
-        A* const projection = work.d_projection.row(group, chunk.batch * in.d_y.extent(1) + chunk.first);
         // Sums over warps of steps [from, to).
         auto const add_up = [&](int from, int to) {
           constexpr int each = N % 4 == 0 ? 4 : 1, columns = 2 * states / each;
@@ -233,7 +250,8 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
 #pragma unroll
               for (int k = 0; k < each; ++k) sum[k] += x[k];
             }
-            A* const out = projection + t * (2 * N) + (column < states ? column : column - states + N);
+            A* const out = work.d_projection.row(group, chunk.row) + t * (2 * N) +
+                           (column < states ? column : column - states + N);
             if (block::rounds > 1 && round > 0) {
               auto const x = load_pack<each>(static_cast<A const*>(out));
 #pragma unroll
@@ -243,7 +261,7 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
           }
         };
         // Steps beyond the chunk's last have dt = 0 and no gradient: they change nothing.
-        int const last = (chunk.steps - 1) / steps;
+        int const last = (chunk_steps - 1) / steps;
         auto const start = [&](int piece, int j, int n) {
           return starts + piece * (block::warps * memory::slot) + (j * Q + n) / 4 * 128;
         };
@@ -297,7 +315,7 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
         for (int piece = last; piece >= 0; --piece) {
           A before[steps][J][Q], decay[steps][J][Q], y[steps * J], d_C[Q * steps];
 #pragma unroll
-          for (int i = 0; i < steps; ++i)
+          for (int i = 0; i < steps; ++i) {
 #pragma unroll
             for (int j = 0; j < J; ++j) {
               A const dt = time[i][2 * j], dt_u = time[i][2 * j + 1];
@@ -311,7 +329,11 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
                 d_C[n * steps + i] = d_y[i][j] * h[j][n] + (j == 0 ? A(0) : d_C[n * steps + i]);
               }
             }
-          spread_sums<S, 32, Q * steps>(d_C, lane);
+          }
+          if constexpr (memory::shared_sums)
+            state_sums<A>::put(exchange, d_C, lane);
+          else
+            spread_sums<S, 32, Q * steps>(d_C, lane);
           spread_sums<1, S, steps * J>(y, lane);
 
           A d_dt_u[steps * J], d_dt[steps * J], d_B[Q * steps];
@@ -342,12 +364,30 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
 #pragma unroll
               for (int k = 0; k < 4; ++k) h[j][n + k] = x[k];
             }
-          spread_sums<S, 32, Q * steps>(d_B, lane);
+          [[maybe_unused]] pack<A, 2> d_B_sum, d_C_sum;
+          if constexpr (memory::shared_sums) {
+            __syncwarp();
+            d_C_sum = state_sums<A>::take(exchange, lane);
+            __syncwarp();
+            state_sums<A>::put(exchange, d_B, lane);
+            __syncwarp();
+            d_B_sum = state_sums<A>::take(exchange, lane);
+          } else {
+            spread_sums<S, 32, Q * steps>(d_B, lane);
+          }
           spread_sums<1, S, steps * J>(d_dt_u, lane);
           spread_sums<1, S, steps * J>(d_dt, lane);
           // All that is written, last: no store stands in the way of a load.
           __syncwarp();  // every lane has read what is overwritten now
-          if (spread_writes<S, 32, Q * steps>(lane)) {
+          if constexpr (memory::shared_sums) {
+            A* const to = shared + memory::sums_of(piece, warp) + state_sums<A>::step(lane) * 2 * states +
+                          state_sums<A>::state(lane);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              to[k * 2 * states] = d_B_sum[k];
+              to[k * 2 * states + states] = d_C_sum[k];
+            }
+          } else if (spread_writes<S, 32, Q * steps>(lane)) {
             A* const to = shared + memory::sums_of(piece, warp) + own;
 #pragma unroll
             for (int k = 0; k < spread_count<S, 32, Q * steps>; ++k) {
@@ -367,69 +407,56 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
           }
           if constexpr (!memory::late) {
             __syncthreads();
-            add_up(piece * steps, min(chunk.steps, (piece + 1) * steps));
+            add_up(piece * steps, min(chunk_steps, (piece + 1) * steps));
             __syncthreads();
           }
         }
+        auto const finish = [&](step_inputs const& x, int t0, pack<A, 4> const& bias, pack<A, 4> const& skip) {
+          auto const d_u_of = quad_of(d.d_u, chunk.rows[chunk_walk::d_u]),
+                     d_delta_of = quad_of(d.d_delta, chunk.rows[chunk_walk::d_delta]),
+                     d_z_of = quad_of(d.d_z, chunk.rows[chunk_walk::d_z]);
+          bool const d_z_wanted = d.d_z.present();
+          auto d_skip = load_pack<4>(static_cast<A const*>(parameters)),
+               d_bias = load_pack<4>(static_cast<A const*>(parameters + 4 * threads));
+#pragma unroll
+          for (int k = 0; k < batch; ++k) {
+            int const t = t0 + k * turn;
+            bool const within = t < chunk_steps;  // no branch, which would keep steps apart
+            auto const adjoint = load_pack<8>(static_cast<A const*>(times + (t * width + 4 * quad) * 2));
+            auto const y = load_pack<4>(static_cast<A const*>(outputs + t * width + 4 * quad));
+            auto const u = x.u[k].widened(), delta = x.delta[k].widened(), d_y = x.d_y[k].widened(),
+                       z = x.z[k].widened();
+            pack<A, 4> d_u, d_delta, d_z;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              time_step<A> const time(delta[i] + bias[i], softplus);
+              gate<A> const g(z[i], gating);
+              A const d_sum = d_y[i] * g.value;
+              d_z[i] = d_y[i] * (y[i] + skip[i] * u[i]) * g.slope;
+              d_u[i] = adjoint[2 * i] * time.dt + d_sum * skip[i];
+              d_delta[i] = (adjoint[2 * i] * u[i] + adjoint[2 * i + 1] * A(selective_scan_math::ln_2)) * time.slope;
+              d_skip[i] += d_sum * u[i];
+              d_bias[i] += within ? d_delta[i] : A(0);
+            }
+            d_u_of.put(t, d_u, within);
+            d_delta_of.put(t, d_delta, within);
+            d_z_of.put(t, d_z, within && d_z_wanted);
+          }
+          store_pack<4>(parameters, d_skip);
+          store_pack<4>(parameters + 4 * threads, d_bias);
+        };
+        auto const finished = fetch(chunk, thread / quads);
         if constexpr (memory::late) {
           __syncthreads();
-          add_up(0, chunk.steps);
+          add_up(0, chunk_steps);
         }
-
         {
-          constexpr int batch = adjoint_batch(turn, 2);
-          auto const bias = parameter(in.delta_bias), skip = parameter(in.D);
-          auto const u_of = quad_of(in.u), delta_of = quad_of(in.delta), d_y_of = quad_of(in.d_y);
-          auto const z_of = gated ? quad_of(in.z) : d_y_of;
-          auto const d_u_of = quad_of(d.d_u), d_delta_of = quad_of(d.d_delta), d_z_of = quad_of(d.d_z);
-          bool const d_z_wanted = d.d_z.present();
-          pack<A, 4> d_skip{}, d_bias{};
+          auto const bias = load_pack<4>(biases), skip = load_pack<4>(skips);
+          ahead = fetch(next, thread / quads);
+          finish(finished, thread / quads, bias, skip);
 #pragma unroll 1
-          for (int t0 = thread / quads; t0 < chunk.steps; t0 += batch * turn) {
-            raw_pack<T, 4> u[batch], delta[batch], d_y[batch], z[batch];
-#pragma unroll
-            for (int k = 0; k < batch; ++k) {
-              int const t = t0 + k * turn;
-              bool const within = t < chunk.steps;
-              u[k] = u_of.fetch(t, within), delta[k] = delta_of.fetch(t, within);
-              d_y[k] = d_y_of.fetch(t, within), z[k] = z_of.fetch(t, within);
-            }
-#pragma unroll
-            for (int k = 0; k < batch; ++k) {
-              int const t = t0 + k * turn;
-              if (t >= chunk.steps) continue;
-              auto const adjoint = load_pack<8>(times + (t * width + 4 * quad) * 2);
-              auto const y = load_pack<4>(outputs + t * width + 4 * quad);
-              pack<A, 4> d_u, d_delta, d_z;
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                A const x = widen(u[k].e[i]);
-                time_step<A> const time(widen(delta[k].e[i]) + bias[i], softplus);
-                gate<A> const g(widen(z[k].e[i]), gating);
-                A const d_gated = widen(d_y[k].e[i]), d_sum = d_gated * g.value;
-                d_z[i] = d_gated * (y[i] + skip[i] * x) * g.slope;
-                d_u[i] = adjoint[2 * i] * time.dt + d_sum * skip[i];
-                d_delta[i] = (adjoint[2 * i] * x + adjoint[2 * i + 1] * A(selective_scan_math::ln_2)) * time.slope;
-                d_skip[i] += d_sum * x;
-                d_bias[i] += d_delta[i];
-              }
-              d_u_of.put(t, d_u);
-              d_delta_of.put(t, d_delta);
-              if (d_z_wanted) d_z_of.put(t, d_z);
-            }
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-#pragma unroll
-            for (int distance = 16; distance >= quads; distance /= 2) {
-              d_skip[i] += __shfl_xor_sync(0xffffffffu, d_skip[i], distance);
-              d_bias[i] += __shfl_xor_sync(0xffffffffu, d_bias[i], distance);
-            }
-            if (lane < quads && i < count) {
-              parameters[(4 * lane + i) * 2] += d_skip[i];
-              parameters[(4 * lane + i) * 2 + 1] += d_bias[i];
-            }
-          }
+          for (int t0 = batch * turn; t0 < adjoint_chunk; t0 += batch * turn)
+            finish(fetch(chunk, t0 + thread / quads), t0 + thread / quads, bias, skip);
         }
         __syncthreads();
       }
@@ -445,9 +472,10 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
     __syncthreads();
     for (int i = thread; i < 2 * width; i += threads) {
       if (first_channel + i / 2 >= channels) continue;
+      A const* const of_quad = shared + memory::parameters + i % 2 * (4 * threads) + i / 2;
       A sum = 0;
 #pragma unroll
-      for (int w = 0; w < block::warps; ++w) sum += shared[memory::parameters + w * width * 2 + i];
+      for (int k = 0; k < turn; ++k) sum += of_quad[k * width];
       work.d_channel.row(part, i % 2)[first_channel + i / 2] = sum;
     }
     __syncthreads();

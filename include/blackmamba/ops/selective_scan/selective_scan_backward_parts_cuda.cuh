@@ -2,6 +2,7 @@
 #include <blackmamba/core/cuda/launch_cuda.cuh>
 #include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
+#include <blackmamba/ops/selective_scan/selective_scan_backward_chunks_cuda.cuh>
 #include <blackmamba/ops/selective_scan/selective_scan_exponential_cuda.cuh>
 
 #include <cmath>
@@ -12,120 +13,6 @@
 /// scan_adjoint_ends and scan_adjoint_carry, where sequences are cut into parts; scan_projection_sums and
 /// scan_parameter_sums.
 namespace blackmamba::cuda::detail {
-
-template <class T, int N>
-using adjoint_block = selective_scan_tuning::backward_block<N, sizeof(accum_t<T>)>;
-
-inline constexpr int adjoint_chunk = static_cast<int>(selective_scan::chunk_length);
-/// Steps whose inputs a thread has on their way, where threads are `turn` steps apart: at most `most`.
-__host__ __device__ constexpr int adjoint_batch(int turn, int most) {
-  return turn >= adjoint_chunk ? 1 : adjoint_chunk / turn < most ? adjoint_chunk / turn : most;
-}
-
-/// Up to chunk_length steps of one sequence.
-struct scan_chunk {
-  std::int64_t number;    ///< of its checkpoint
-  std::int64_t sequence;  ///< row of the states
-  std::int64_t batch;     ///< row of the tensors
-  std::int64_t first;     ///< its first step in that row
-  int steps;
-  bool begins, ends;  ///< the sequence
-};
-
-/// Chunks in order of their numbers, which have gaps where packed sequences end early.
-struct scan_chunks {
-  std::int64_t const* cu_seqlens;
-  std::int64_t length, sequences, row_chunks;
-  selective_scan_tuning::backward_plan plan;
-
-  __device__ std::int64_t begin(std::int64_t part) const {
-    return part / plan.unit_parts * plan.unit + part % plan.unit_parts * plan.part_chunks;
-  }
-  __device__ std::int64_t end(std::int64_t part) const {
-    std::int64_t const unit_end = (part / plan.unit_parts + 1) * plan.unit, end = begin(part) + plan.part_chunks;
-    return end < unit_end ? end : unit_end;
-  }
-  __device__ std::int64_t first_number(std::int64_t s) const { return cu_seqlens[s] / adjoint_chunk + s; }
-  /// The last sequence whose first chunk's number is at most this one.
-  __device__ std::int64_t owner(std::int64_t number) const {
-    if (cu_seqlens == nullptr) return number / row_chunks;
-    std::int64_t low = 0;
-    for (std::int64_t high = sequences; low + 1 < high;) {
-      std::int64_t const middle = (low + high) / 2;
-      (first_number(middle) <= number ? low : high) = middle;
-    }
-    return low;
-  }
-  /// Finds a chunk of sequence s or of one before it; moves s there. @returns false where no chunk has the number
-  __device__ bool find(std::int64_t number, std::int64_t& s, scan_chunk& chunk) const {
-    if (sequences == 0) return false;
-    std::int64_t begin = 0, size = length, k = 0;
-    if (cu_seqlens == nullptr) {
-      s = number / row_chunks;
-      k = number % row_chunks;
-    } else {
-      while (s > 0 && number < first_number(s)) --s;
-      k = number - first_number(s);
-      begin = cu_seqlens[s];
-      size = cu_seqlens[s + 1] - begin;
-    }
-    std::int64_t const rest = size - k * adjoint_chunk;
-    if (k > 0 && rest <= 0) return false;
-    chunk = {.number = number,
-             .sequence = s,
-             .batch = cu_seqlens == nullptr ? s : 0,
-             .first = begin + k * adjoint_chunk,
-             .steps = static_cast<int>(rest < adjoint_chunk ? rest : adjoint_chunk),
-             .begins = k == 0,
-             .ends = rest <= adjoint_chunk};
-    return true;
-  }
-};
-
-/// Four neighbouring channels of a (B, L, D) tensor, by step of a chunk; `count` of them exist. With Packs, all or none
-/// of them do, and they are one access.
-template <class T, bool Packs>
-struct channel_quad {
-  using A = accum_t<T>;
-  using raw = raw_pack<std::remove_const_t<T>, 4>;
-  char* first;
-  unsigned stride;  ///< bytes
-  int count;
-
-  template <class View>
-  __device__ __forceinline__ channel_quad(View const& x, scan_chunk const& chunk, std::int64_t channel, int n)
-      : first(const_cast<char*>(reinterpret_cast<char const*>(x.row(chunk.batch, chunk.first) + channel))),
-        stride(static_cast<unsigned>(x.stride(1)) * static_cast<unsigned>(sizeof(T))),
-        count(n) {}
-  __device__ __forceinline__ T* at(int t) const {
-    return reinterpret_cast<T*>(first + std::uint64_t{static_cast<unsigned>(t)} * stride);
-  }
-  /// What stands there, zeros where nothing does or `within` is false; widened only when it is used, so that several
-  /// can be on their way.
-  __device__ __forceinline__ raw fetch(int t, bool within) const {
-    raw x;
-#pragma unroll
-    for (int w = 0; w < raw::words; ++w) x.w[w] = {};
-    if constexpr (Packs) {
-      if (within && count > 0) {
-#pragma unroll
-        for (int w = 0; w < raw::words; ++w) x.w[w] = reinterpret_cast<typename raw::word const*>(at(t))[w];
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (within && i < count) x.e[i] = at(t)[i];
-    }
-    return x;
-  }
-  __device__ __forceinline__ void put(int t, pack<A, 4> const& x) const {
-    if constexpr (Packs) {
-      if (count > 0) store_pack<4>(at(t), x);
-    } else {
-      store_some<4>(at(t), x, count);
-    }
-  }
-};
 
 /// All bits, or none, to choose between two values that are both computed: a branch would keep the compiler from
 /// interleaving what is done for one element with the next.
@@ -161,15 +48,14 @@ struct time_step {
     slope = softplus(x < A(0) ? e * r : r, A(1));
   }
 };
-/// silu(z) and its derivative s + z s (1 - s), where 1 - s = s e^-z. Without a gate, one.
+/// silu(z) and its derivative, s + z s (1 - s), for s = 1 / (1 + e^-z). Without a gate, the value is one.
 template <class A>
 struct gate {
   A value, slope;
   __device__ __forceinline__ gate(A z, choice<A> gated) {
-    A const e = power_of_two(A(-1.44269504088896340736) * magnitude(z));
-    A const r = reciprocal(A(1) + e), er = e * r, s = z < A(0) ? er : r;
-    value = gated(z * s, A(1));
-    slope = s + z * (r * er);
+    A const s = reciprocal(A(1) + power_of_two(A(-1.44269504088896340736) * z)), silu = z * s;
+    value = gated(silu, A(1));
+    slope = s + silu * (A(1) - s);
   }
 };
 
@@ -201,52 +87,6 @@ __device__ __forceinline__ void store_lane_states(A* p, int first, bool present,
   for (int n = 0; n < Count; ++n)
     if (present && first + n < N) p[first + n] = h[n];
 }
-
-/// Rows of a projection of a chunk, B or C, on their way to shared memory: (steps, states), zeros where there is
-/// nothing.
-template <class T, int N, int States, int Threads, bool Packs>
-struct projection_rows {
-  using A = accum_t<T>;
-  using raw = raw_pack<T, 4>;
-  static constexpr int quads = States / 4, all = adjoint_chunk * quads, each = (all + Threads - 1) / Threads;
-  static constexpr int batch = each < 4 ? each : 4;
-  raw x[batch];
-
-  template <class View>
-  __device__ __forceinline__ void fetch(View const& from, scan_chunk const& chunk, int first) {
-    T const* const rows = from.row(chunk.batch, chunk.first);
-    std::int64_t const stride = from.stride(1);
-#pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      int const i = first + k * Threads, t = i / quads, n = i % quads * 4;
-#pragma unroll
-      for (int w = 0; w < raw::words; ++w) x[k].w[w] = {};
-      if (t >= chunk.steps) continue;
-      T const* const p = rows + t * stride + n;
-      if constexpr (Packs && N % 4 == 0) {
-        if (n < N) {
-#pragma unroll
-          for (int w = 0; w < raw::words; ++w) x[k].w[w] = reinterpret_cast<typename raw::word const*>(p)[w];
-        }
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (n + e < N) x[k].e[e] = p[e];
-      }
-    }
-  }
-  __device__ __forceinline__ void put(A* to, int first) const {
-#pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      int const i = first + k * Threads;
-      if (all % (batch * Threads) != 0 && i >= all) continue;
-      store_pack<4>(to + 4 * i, pack<A, 4>{widen(x[k].e[0]), widen(x[k].e[1]), widen(x[k].e[2]), widen(x[k].e[3])});
-    }
-  }
-};
-
-/// Asks for the lines of a row to be brought to the second-level cache.
-__device__ __forceinline__ void prefetch_line(void const* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 /// The gradient that reaches the state before each part's first step, where that lies within a sequence: from zero at
 /// the part's end, or from d_final_state where the sequence ends in the part; and the sum of dt, by which what comes
@@ -298,8 +138,11 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, 512 / adjoint_bl
     auto const bias = in.delta_bias.present() ? load_some<4>(in.delta_bias.data() + c, count) : pack<A, 4>{};
     bool const gated = in.z.present();
     choice<A> const softplus(in.delta_softplus), gating(gated);
-    channel_quad<T const, Packs> const delta_of(in.delta, chunk, c, count), d_y_of(in.d_y, chunk, c, count);
-    auto const z_of = gated ? channel_quad<T const, Packs>(in.z, chunk, c, count) : d_y_of;
+    auto const quad_of = [&](auto const& v) {
+      return channel_quad<T const, Packs>(
+          v, (chunk.batch * v.stride(0) + chunk.first * v.stride(1) + c) * static_cast<std::int64_t>(sizeof(T)), count);
+    };
+    auto const delta_of = quad_of(in.delta), d_y_of = quad_of(in.d_y), z_of = gated ? quad_of(in.z) : d_y_of;
     constexpr int step = block::threads / quads, batch = adjoint_batch(step, 4);
 #pragma unroll 1
     for (int t0 = thread / quads; t0 < adjoint_chunk; t0 += batch * step) {
@@ -313,12 +156,13 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, 512 / adjoint_bl
 #pragma unroll
       for (int k = 0; k < batch; ++k) {
         int const t = t0 + k * step;
+        auto const delta_t = delta[k].widened(), d_y_t = d_y[k].widened(), z_t = z[k].widened();
         pack<A, 8> x;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          A const dt = time_step<A>(widen(delta[k].e[i]) + bias[i], softplus).dt;
+          A const dt = time_step<A>(delta_t[i] + bias[i], softplus).dt;
           x[2 * i] = t < chunk.steps ? dt : A(0);
-          x[2 * i + 1] = widen(d_y[k].e[i]) * gate<A>(widen(z[k].e[i]), gating).value;
+          x[2 * i + 1] = d_y_t[i] * gate<A>(z_t[i], gating).value;
         }
         store_pack<8>(times + (t * width + 4 * q) * 2, x);
       }
@@ -327,7 +171,7 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, 512 / adjoint_bl
 #pragma unroll 1
     for (int i = thread; i < projection::all; i += projection::batch * block::threads) {
       projection rows;
-      rows.fetch(in.C, chunk, i);
+      rows.fetch(in.C.row(chunk.batch, chunk.first), in.C.stride(1), chunk.steps, i);
       rows.put(C, i);
     }
     __syncthreads();
