@@ -7,6 +7,8 @@
 #   initcheck   without the products whose stores the tool does not see: they leave through the copy engine
 #   guard       no tool: bands around every block are looked at when it is given back
 #
+# The programs of large/ run the kernels of the others over gigabytes: under memcheck alone, to which sizes matter.
+#
 # Under a tool a program runs 10 to 1000 times longer: it is given a few of the random problems
 # (BLACKMAMBA_TEST_TRIALS_PERCENT).
 # PROGRAMS names another folder of programs, JOBS how many run at a time, LIMIT the seconds for each, LOGS a folder.
@@ -17,7 +19,9 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export LOGS=${LOGS:-$root/build/sanitize_cuda} LIMIT=${LIMIT:-1200} PATH=$PATH:/usr/local/cuda/bin
 mkdir -p "$LOGS"
 
-if ! nvidia-smi > /dev/null 2>&1; then echo "skipped: no CUDA device"; exit 0; fi
+gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l)
+if ((gpus == 0)); then echo "skipped: no CUDA device"; exit 0; fi
+export gpus
 command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is missing; it comes with the CUDA toolkit" >&2; exit 1; }
 
 # check <tool> <program>: one line, "<tool> <program> <verdict> <seconds>"
@@ -25,6 +29,7 @@ check() {
   local tool=$1 program=$2 name log begin=$SECONDS status=0 verdict
   name=$(basename "$program") log=$LOGS/$name.$tool.log
   local run=(compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 20)
+  local -x CUDA_VISIBLE_DEVICES=$((place % gpus))  # of several GPUs each takes its share
   local -x BLACKMAMBA_TEST_TRIALS_PERCENT=${BLACKMAMBA_TEST_TRIALS_PERCENT:-2}
   case $tool in
     memcheck) local -x BLACKMAMBA_TEST_GUARD=own_memory ;;
@@ -62,10 +67,18 @@ done
 if ((${#chosen[@]} == 0)); then echo "no test program of the GPU in ${PROGRAMS:-build/tests}: run tests/run.sh first" >&2; exit 1; fi
 
 # The slowest tool first, so that the last minutes are not one program's.
+runs=()
 for tool in racecheck memcheck initcheck synccheck guard; do
-  for program in "${chosen[@]}"; do printf '%s\0%s\0' "$tool" "$program"; done
-done | xargs -0 -n 2 -P "${JOBS:-$(($(nproc) / 2 + 1))}" bash -c 'check "$@"' check | tee "$LOGS/summary.txt"
+  for program in "${chosen[@]}"; do
+    if [[ $program == *test_large_* && $tool != memcheck ]]; then continue; fi
+    runs+=("$tool" "$program")
+  done
+done
+if ((${#runs[@]} == 0)); then echo "nothing to run"; exit 1; fi
+printf '%s\0' "${runs[@]}" |
+  xargs -0 -n 2 --process-slot-var=place -P "${JOBS:-$(($(nproc) / 2 + 1))}" bash -c 'check "$@"' check |
+  tee "$LOGS/summary.txt"
 
 clean=$(grep -c ' clean ' "$LOGS/summary.txt" || true)
-echo "$clean of $((5 * ${#chosen[@]})) clean; logs in $LOGS"
-((clean == 5 * ${#chosen[@]}))
+echo "$clean of $((${#runs[@]} / 2)) clean; logs in $LOGS"
+((clean == ${#runs[@]} / 2))

@@ -103,7 +103,7 @@ TEST_CASE("generator: the state's size does not depend on the text's length") {
   generator from(net);
   auto const bytes = from.state().bytes();
   std::int32_t const next = 7;
-  for (int i = 0; i < 100; ++i) from.step({&next, 1});
+  for (std::uint64_t i = 0; i < test::trials(100); ++i) from.step({&next, 1});
   CHECK(from.state().bytes() == bytes);
   CHECK(bytes >= 2 * (3 * 16 + 16 * 3) * 4);  // two mamba layers: 3 steps of 16 channels, 16 channels of 3 states
 }

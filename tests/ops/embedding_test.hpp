@@ -88,18 +88,18 @@ TEST_CASE_TEMPLATE("embedding: rows of the table, and sums into it in the order 
 // Of one run, of several (the last of 64 to 127 rows), of a whole group and one run more, of several groups.
 TEST_CASE_TEMPLATE("embedding: many positions of one token, with others before and after", T, STORAGE_TYPES) {
   using A = accum_t<T>;
-  for (auto [rows, width] : std::vector<std::pair<std::int64_t, std::int64_t>>{{65, 8},
-                                                                               {66, 70},
-                                                                               {129, 136},
-                                                                               {130, 70},
-                                                                               {255, 70},
-                                                                               {257, 72},
-                                                                               {1000, 264},
-                                                                               {2050, 8},
-                                                                               {2177, 72},
-                                                                               {2178, 8},
-                                                                               {10000, 40},
-                                                                               {4200, 5}}) {
+  for (auto [rows, width] : test::sizes<std::pair<std::int64_t, std::int64_t>>({{65, 8},
+                                                                                {66, 70},
+                                                                                {129, 136},
+                                                                                {130, 70},
+                                                                                {255, 70},
+                                                                                {257, 72},
+                                                                                {1000, 264},
+                                                                                {2050, 8},
+                                                                                {2177, 72},
+                                                                                {2178, 8},
+                                                                                {10000, 40},
+                                                                                {4200, 5}})) {
     auto token = test::values(static_cast<std::size_t>(rows), 2.0);
     token.front() = 0;
     token.back() = 4;
@@ -111,8 +111,8 @@ TEST_CASE_TEMPLATE("embedding: many positions of one token, with others before a
 }
 // Numbers of rows and tokens for which the sort is divided differently.
 TEST_CASE("embedding: tokens of which a few occur very often") {
-  for (auto [rows, vocabulary] : std::vector<std::pair<std::int64_t, std::int64_t>>{
-           {20000, 7}, {4096, 256}, {17001, 256}, {16384, 6144}, {16385, 6145}, {9000, 24577}}) {
+  for (auto [rows, vocabulary] : test::sizes<std::pair<std::int64_t, std::int64_t>>(
+           {{20000, 7}, {4096, 256}, {17001, 256}, {16384, 6144}, {16385, 6145}, {9000, 24577}})) {
     std::int64_t const width = 8;
     auto token = random_tokens(rows, vocabulary, 9);
     for (std::size_t i = 0; i < token.size(); ++i) token[i] = std::floor(token[i] / static_cast<double>(1 + i % 50));
@@ -128,7 +128,7 @@ TEST_CASE_TEMPLATE("embedding: tokens that occur seldom, often and in runs, of b
   using A = accum_t<T>;
   std::int64_t const rows = 6000;
   for (auto [vocabulary, width] :
-       std::vector<std::pair<std::int64_t, std::int64_t>>{{256, 136}, {256, 33}, {50304, 8}, {70000, 3}}) {
+       test::sizes<std::pair<std::int64_t, std::int64_t>>({{256, 136}, {256, 33}, {50304, 8}, {70000, 3}})) {
     auto token = random_tokens(rows, vocabulary, 5);
     for (std::size_t i = 0; i < token.size(); ++i) {
       if (i % 5 == 0) token[i] = static_cast<double>(vocabulary - 1);
