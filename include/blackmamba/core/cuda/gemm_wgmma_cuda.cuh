@@ -129,6 +129,22 @@ struct ring {
   std::uint32_t full, free, end;
 };
 
+/// Has the copy engine fetch B of a tile's step of the depth, from p on.
+template <class Shape, bool AlongB, class T, class TC, class Result>
+__device__ __forceinline__ void copy_right_operand(arguments<T, TC, Result> const& args, std::uint32_t to,
+                                                   std::uint32_t barrier, int p, int column, int group) {
+  if constexpr (is_gated<Result>) {
+    copy_box(to, &args.b, barrier, p, column, group);
+    copy_box(to + Shape::b_bytes / 2, &args.b, barrier, p, static_cast<int>(args.x.n) + column, group);
+  } else if constexpr (AlongB) {
+    copy_box(to, &args.b, barrier, p, column, group);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Shape::columns / 64; ++i)
+      copy_box(to + i * block_bytes, &args.b, barrier, column + 64 * i, p, group);
+  }
+}
+
 /// The thread that has the copy engine fill the ring, and fetch into the second-level cache what is to be added to.
 template <class Shape, bool AlongA, bool AlongB, class T, class TC, class Result>
 __device__ __forceinline__ void produce(arguments<T, TC, Result> const& args, group_table const& groups, note* told,
@@ -137,36 +153,38 @@ __device__ __forceinline__ void produce(arguments<T, TC, Result> const& args, gr
   auto const& x = args.x;
   bool const by_depth = x.groups.by == grouping::depth;
   bool const adds = sizeof(TC) == 4 && x.mode == update::accumulate && args.by_engine;
-  int stage = 0, told_of = 0;
+  int stage = 0, told_of = 0, begun = 0;
   std::uint32_t parity = 1;  // a new barrier's phase before the first counts as over
   unsigned index = blockIdx.x;
   for (place t; find<result_columns<Shape, Result>>(x, groups, index, t); index += gridDim.x) {
     int const steps = t.steps(), group = by_depth ? 0 : t.group, own = by_depth ? t.group : 0;
     int const a_boxes = (t.row_end - t.row + 63) / 64;  // what has no rows nobody reads
     told[told_of % (2 * Shape::stages)] = {t.row, t.row_end, t.column, t.group, steps, {}};
-    ++told_of;
+    if (told_of++ == 0 && x.early) {
+      // B does not come from the kernel before, as A does.
+      begun = min(steps, Shape::stages);
+      for (int s = 0; s < begun; ++s) {
+        phase_barrier::arrive_expecting(at.full + 8 * s, a_boxes * block_bytes + Shape::b_bytes);
+        copy_right_operand<Shape, AlongB>(args, memory + s * Shape::stage_bytes + a_bytes, at.full + 8 * s,
+                                          t.depth + s * depth, t.column, group);
+      }
+      wait_for_launch_ahead();
+    }
     int fetched = 0;
     for (int s = 0; s < steps; ++s) {
       int const p = t.depth + s * depth;
-      phase_barrier::wait(at.free + 8 * stage, parity);
       bool const ends = !AlongA && !AlongB && by_depth && p + depth > t.depth_end;
       std::uint32_t const barrier = (ends ? at.end : at.full) + 8 * stage;
-      std::uint32_t const a = memory + stage * Shape::stage_bytes, b = a + a_bytes;
-      phase_barrier::arrive_expecting(barrier, a_boxes * block_bytes + Shape::b_bytes);
+      std::uint32_t const a = memory + stage * Shape::stage_bytes;
+      if (s >= begun) {
+        phase_barrier::wait(at.free + 8 * stage, parity);
+        phase_barrier::arrive_expecting(barrier, a_boxes * block_bytes + Shape::b_bytes);
+        copy_right_operand<Shape, AlongB>(args, a + a_bytes, barrier, p, t.column, group);
+      }
 #pragma unroll
       for (int i = 0; i < rows / 64; ++i)
         if (i < a_boxes)
           copy_box(a + i * block_bytes, &args.a, barrier, AlongA ? p : t.row + 64 * i, AlongA ? t.row + 64 * i : p, 0);
-      if constexpr (is_gated<Result>) {
-        copy_box(b, &args.b, barrier, p, t.column, group);
-        copy_box(b + Shape::b_bytes / 2, &args.b, barrier, p, static_cast<int>(x.n) + t.column, group);
-      } else if constexpr (AlongB) {
-        copy_box(b, &args.b, barrier, p, t.column, group);
-      } else {
-#pragma unroll
-        for (int i = 0; i < Shape::columns / 64; ++i)
-          copy_box(b + i * block_bytes, &args.b, barrier, t.column + 64 * i, p, group);
-      }
       if (adds)
         for (; fetched * steps < (s + 1) * (rows / 16) * c_boxes; ++fetched)
           if (t.row + fetched / c_boxes * 16 < t.row_end)
@@ -177,7 +195,9 @@ __device__ __forceinline__ void produce(arguments<T, TC, Result> const& args, gr
         parity ^= 1;
       }
     }
+    begun = 0;
   }
+  if (told_of == 0 && x.early) wait_for_launch_ahead();  // who comes next may rely on it
   told[told_of % (2 * Shape::stages)] = {};
   phase_barrier::wait(at.free + 8 * stage, parity);
   phase_barrier::arrive(at.full + 8 * stage);
@@ -215,6 +235,7 @@ __device__ __forceinline__ void clear_ends(Product const& x, group_table const& 
 template <class Product>
 __device__ __forceinline__ void clear_tokens(Product const& x, bool wide) {
   auto const& r = x.result;
+  wait_for_launch_ahead();
   int const lane = static_cast<int>(threadIdx.x) % 32;
   std::int64_t const every = std::int64_t{gridDim.x} * (producers - 32);
   for (std::int64_t first = std::int64_t{blockIdx.x} * (producers - 32) + threadIdx.x / 32 * 32 - 32; first < r.tokens;
@@ -313,6 +334,7 @@ __global__ void __launch_bounds__(wgmma::threads, 1)
     extern __shared__ unsigned char wgmma_memory[];
     unsigned char* const memory = wgmma_memory + (0u - shared_address(wgmma_memory)) % 1024;
     std::uint32_t const first = shared_address(barriers);
+    let_next_launch_begin();
     std::uint32_t loaded = 0;
     if constexpr (is_gated_gradient<Result>) {
       __shared__ alignas(8) std::uint64_t of_warps[8];
@@ -396,8 +418,9 @@ bool wgmma_product_of_shape(char const* op, device::cuda const& policy, product<
   }
   if constexpr (goes_to_tokens<Result>) args.wide = args.wide && stores_wide(x.result.y, x.result.y_stride, 0);
   auto const blocks = static_cast<unsigned>(std::min<std::int64_t>(tiles, properties().multiprocessors));
-  launch(op, policy, {blocks, wgmma::threads, Shape::shared_bytes}, wgmma_product<Shape, AlongA, AlongB, T, TC, Result>,
-         args);
+  launch(op, policy,
+         {.blocks = blocks, .threads = wgmma::threads, .shared_bytes = Shape::shared_bytes, .early = x.early},
+         wgmma_product<Shape, AlongA, AlongB, T, TC, Result>, args);
   return true;
 }
 

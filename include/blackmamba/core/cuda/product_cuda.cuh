@@ -89,6 +89,7 @@ struct product {
   accum_t<TC> const* bias = nullptr;
   product_groups groups = {};
   Result result = {};
+  bool early = false;  ///< B, bias, groups and what Result reads are older than the kernel before on the stream
 };
 
 namespace detail {

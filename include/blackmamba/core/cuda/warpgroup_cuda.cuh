@@ -73,6 +73,16 @@ __device__ __forceinline__ void copy_box([[maybe_unused]] std::uint32_t to, [[ma
 #endif
 }
 
+/// Starts the copy of so many bytes into shared memory, a multiple of 16 on both sides; the barrier counts them.
+__device__ __forceinline__ void copy_bytes([[maybe_unused]] std::uint32_t to, [[maybe_unused]] void const* from,
+                                           [[maybe_unused]] int bytes, [[maybe_unused]] std::uint32_t barrier) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+#endif
+}
+
 /// Has the second-level cache fetch a box.
 __device__ __forceinline__ void prefetch_box([[maybe_unused]] void const* map, [[maybe_unused]] int x,
                                              [[maybe_unused]] int y, [[maybe_unused]] int z) {

@@ -35,6 +35,8 @@ struct dispatch_plan_arguments {
 /// Shared memory: (warps + 2) E numbers.
 template <int>
 __global__ void __launch_bounds__(1024) dispatch_plan(dispatch_plan_arguments p) {
+  wait_for_launch_ahead();
+  let_next_launch_begin();
   extern __shared__ std::int32_t dispatch_memory[];
   int const experts = p.experts, warps = static_cast<int>(blockDim.x / 32);
   int const thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -160,6 +162,8 @@ template <class Word>
 __global__ void __launch_bounds__(256)
     dispatch_permute(std::int32_t const* source, std::uint32_t k, std::int64_t slots, std::int64_t words, Word const* x,
                      std::int64_t x_stride, Word* rows, std::int64_t rows_stride) {
+  wait_for_launch_ahead();
+  let_next_launch_begin();
   std::int64_t const r = std::int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (r >= slots) return;
   std::int32_t const slot = source[r];
@@ -316,7 +320,8 @@ struct backend<expert_dispatch, device::cuda> {
                  {.blocks = static_cast<unsigned>(blocks),
                   .threads = static_cast<unsigned>(32 * warps),
                   .shared_bytes = static_cast<std::size_t>((warps + 2) * experts + 1) * sizeof(std::int32_t),
-                  .cooperative = blocks > 1},
+                  .cooperative = blocks > 1,
+                  .early = blocks == 1},
                  cuda::detail::dispatch_plan<0>, arguments);
   }
 
@@ -385,10 +390,11 @@ struct backend<expert_dispatch, device::cuda> {
   template <class Word, int Elements, class From, class To>
   static void permute_words(device::cuda const& policy, routing const& plan, From const& x, To const& rows) {
     std::int64_t const slots = rows.extent(0), words = rows.extent(1) / Elements;
-    cuda::launch("expert_dispatch.permute", policy, lines(slots, words), cuda::detail::dispatch_permute<Word>,
-                 plan.source.data(), static_cast<std::uint32_t>(slots / x.extent(0)), slots, words,
-                 reinterpret_cast<Word const*>(x.data()), x.stride(0) / Elements, reinterpret_cast<Word*>(rows.data()),
-                 rows.stride(0) / Elements);
+    cuda::grid shape = lines(slots, words);
+    shape.early = true;
+    cuda::launch("expert_dispatch.permute", policy, shape, cuda::detail::dispatch_permute<Word>, plan.source.data(),
+                 static_cast<std::uint32_t>(slots / x.extent(0)), slots, words, reinterpret_cast<Word const*>(x.data()),
+                 x.stride(0) / Elements, reinterpret_cast<Word*>(rows.data()), rows.stride(0) / Elements);
   }
   template <class T>
   static void gather(char const* op, device::cuda const& policy, routing const& plan,

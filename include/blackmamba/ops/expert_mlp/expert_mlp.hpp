@@ -54,13 +54,15 @@ struct expert_mlp {
     if (y.size() == 0) return;
     scratch<P> memory(policy, scratch_bytes<Activation, P, T>(slots, width, inner));
     bool const wants_rows = keep.rows.present();
+    bool const wants_nothing = !wants_rows && !keep.h.present() && !keep.permuted.present();
     if (!keep.h.present() && makes_h<Activation, P, T>()) keep.h = memory.template allocate<T>(slots, hidden);
     if (!keep.activated.present()) keep.activated = memory.template allocate<T>(slots, inner);
     // Once h is there, nobody reads the permuted tokens any more, unless they are kept.
     bool const shared = !keep.permuted.present() && !wants_rows;
     if (!keep.permuted.present()) keep.permuted = memory.template allocate<T>(slots, width);
     if (!wants_rows) keep.rows = shared ? keep.permuted : memory.template allocate<T>(slots, width);
-    backend_of<expert_mlp, P>::forward(policy, std::type_identity<Activation>{}, in, y, keep, wants_rows);
+    backend_of<expert_mlp, P>::forward(policy, std::type_identity<Activation>{}, in, y, keep, wants_rows,
+                                       wants_nothing);
   }
 
   template <device_policy P, storage T>

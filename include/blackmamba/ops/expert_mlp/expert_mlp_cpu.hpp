@@ -16,7 +16,7 @@ struct backend<expert_mlp, device::cpu> {
   template <class Activation, class T>
   static void forward(device::cpu const& policy, std::type_identity<Activation>,
                       expert_mlp::inputs<device::cpu, T> const& in, host_view<T, dyn, dyn> y,
-                      expert_mlp::kept<device::cpu, T> const& keep, bool) {
+                      expert_mlp::kept<device::cpu, T> const& keep, bool, bool) {
     using steps = detail::expert_mlp_steps<Activation, device::cpu, T>;
     steps::permute(policy, in, keep);
     steps::activated(policy, in, keep);

@@ -1,6 +1,7 @@
 #pragma once
 #include <blackmamba/core/cuda/gemm_results_cuda.cuh>
 #include <blackmamba/ops/expert_mlp/expert_mlp.hpp>
+#include <blackmamba/ops/expert_mlp/expert_mlp_few_cuda.cuh>
 #include <blackmamba/ops/expert_mlp/expert_mlp_steps.hpp>
 #include <blackmamba/ops/gated_activation/gated_activation.hpp>
 
@@ -39,8 +40,10 @@ struct backend<expert_mlp, device::cuda> {
   template <class Activation, class T>
   static void forward(device::cuda const& policy, std::type_identity<Activation>,
                       expert_mlp::inputs<device::cuda, T> const& in, view<space::device, T, dyn, dyn> y,
-                      expert_mlp::kept<device::cuda, T> const& keep, bool wants_rows) {
+                      expert_mlp::kept<device::cuda, T> const& keep, bool wants_rows, bool wants_nothing) {
     using steps = detail::expert_mlp_steps<Activation, device::cuda, T>;
+    if constexpr (!makes_h<Activation, T>())
+      if (wants_nothing && few_tokens<Activation>(policy, in, y, keep)) return;
     steps::permute(policy, in, keep);
     if constexpr (makes_h<Activation, T>()) {
       steps::activated(policy, in, keep);
@@ -107,6 +110,39 @@ struct backend<expert_mlp, device::cuda> {
   template <class T>
   using matrix = view<space::device, T, dyn, dyn>;
 
+  template <class Activation, class T>
+  static bool few_tokens(device::cuda const& policy, expert_mlp::inputs<device::cuda, T> const& in, matrix<T> y,
+                         expert_mlp::kept<device::cuda, T> const& keep) {
+    if (in.gate.extent(1) != 1) return false;
+    return cuda::detail::expert_mlp_of_few_tokens<detail::gate_function_of<typename Activation::function, T>>(
+        "expert_mlp", policy,
+        cuda::detail::few::arguments<T>{.tokens = y.extent(0),
+                                        .experts = in.fc1.extent(0),
+                                        .width = y.extent(1),
+                                        .inner = in.fc2.extent(2),
+                                        .x = in.x.data(),
+                                        .x_stride = in.x.stride(0),
+                                        .gate = in.gate.data(),
+                                        .gate_stride = in.gate.stride(0),
+                                        .offsets = in.plan.offsets.data(),
+                                        .source = in.plan.source.data(),
+                                        .row = in.plan.row.data(),
+                                        .fc1 = in.fc1.data(),
+                                        .fc2 = in.fc2.data(),
+                                        .fc1_stride = in.fc1.stride(1),
+                                        .fc1_apart = in.fc1.stride(0),
+                                        .fc2_stride = in.fc2.stride(1),
+                                        .fc2_apart = in.fc2.stride(0),
+                                        .fc1_bias = in.fc1_bias.data(),
+                                        .fc2_bias = in.fc2_bias.data(),
+                                        .fc1_bias_apart = in.fc1_bias.stride(0),
+                                        .fc2_bias_apart = in.fc2_bias.stride(0),
+                                        .activated = keep.activated.data(),
+                                        .activated_stride = keep.activated.stride(0),
+                                        .y = y.data(),
+                                        .y_stride = y.stride(0)});
+  }
+
   /// rows (n columns) = x weight^T + bias, group by group.
   template <class T, class Result>
   static cuda::product<T, T, T, Result> product_of(expert_mlp::inputs<device::cuda, T> const& in, matrix<T const> x,
@@ -128,7 +164,8 @@ struct backend<expert_mlp, device::cuda> {
                        .count = weight.extent(0),
                        .offsets = in.plan.offsets.data(),
                        .b_apart = weight.stride(0),
-                       .bias_apart = bias.stride(0)}};
+                       .bias_apart = bias.stride(0)},
+            .early = true};  // one is behind permute, which nothing older lets begin early, the other behind the first
   }
 };
 

@@ -130,6 +130,8 @@ __device__ __forceinline__ bool router_row(router_forward_arguments<A> const& p,
 /// Experts is 8, the usual number, where the rows are two packs of four: they stay in registers. Else 0.
 template <class A, int Experts>
 __global__ void __launch_bounds__(router_threads) router_forward(router_forward_arguments<A> p) {
+  wait_for_launch_ahead();
+  let_next_launch_begin();
   extern __shared__ __align__(16) unsigned char router_memory[];
   std::int64_t const first = std::int64_t{blockIdx.x} * p.tile.rows;
   std::int64_t const rows = p.rows - first < p.tile.rows ? p.rows - first : p.tile.rows;
@@ -258,10 +260,13 @@ struct backend<router, device::cuda> {
                                                               .tile = tile};
     if constexpr (std::is_same_v<A, float>)
       if (experts == 8 && arguments.packs)
-        return cuda::launch("router", policy, {blocks, cuda::detail::router_threads},
+        return cuda::launch("router", policy,
+                            {.blocks = blocks, .threads = cuda::detail::router_threads, .early = true},
                             cuda::detail::router_forward<A, 8>, arguments);
-    cuda::launch("router", policy, {blocks, cuda::detail::router_threads, tile.bytes<A>()},
-                 cuda::detail::router_forward<A, 0>, arguments);
+    cuda::launch(
+        "router", policy,
+        {.blocks = blocks, .threads = cuda::detail::router_threads, .shared_bytes = tile.bytes<A>(), .early = true},
+        cuda::detail::router_forward<A, 0>, arguments);
   }
 
   template <class A>
