@@ -124,18 +124,29 @@ struct token {
   bench::device_tensor<bfloat16, dyn, dyn, dyn> state;
   bench::device_tensor<float, dyn, dyn> weight;
   bench::device_tensor<float, dyn> bias;
+  bench::device_tensor<std::int32_t, dyn> slots;
 };
+/// A token of each sequence; their states side by side, or in every other row of a pool.
+template <bool Slots>
 void step(benchmark::State& state) {
   std::int64_t const B = state.range(0), D = state.range(1);
   double const bytes = 8.0 * 2.0 * static_cast<double>(B * D) + 20.0 * static_cast<double>(D);  // and the taps
   auto const sets = bench::rotated(bytes, [&](int i) {
-    return token{bench::random_tensor<bfloat16>(10 * i, B, D), bench::poisoned_tensor<bfloat16>(B, D),
-                 bench::random_tensor<bfloat16>(10 * i + 1, B, 3, D), bench::random_tensor<float>(10 * i + 2, D, 4),
-                 bench::random_tensor<float>(10 * i + 3, D)};
+    bench::host_tensor<std::int32_t, dyn> slots(B);
+    for (std::int64_t b = 0; b < B; ++b) slots(b) = static_cast<std::int32_t>(2 * (B - 1 - b));
+    token t{bench::random_tensor<bfloat16>(10 * i, B, D),
+            bench::poisoned_tensor<bfloat16>(B, D),
+            bench::random_tensor<bfloat16>(10 * i + 1, Slots ? 2 * B : B, 3, D),
+            bench::random_tensor<float>(10 * i + 2, D, 4),
+            bench::random_tensor<float>(10 * i + 3, D),
+            bench::device_tensor<std::int32_t, dyn>(B)};
+    memory::upload(device::cuda{.stream = bench::stream()}, slots.as_view(), t.slots.as_view());
+    return t;
   });
   bench::measure(state, {.bytes = bytes}, sets, [](device::cuda const& policy, token const& p) {
-    causal_conv1d::step(policy, {.x = p.x, .weight = p.weight, .bias = p.bias, .silu = true}, p.state.as_view(),
-                        p.y.as_view());
+    causal_conv1d::step_inputs<device::cuda, bfloat16> in{.x = p.x, .weight = p.weight, .bias = p.bias, .silu = true};
+    if (Slots) in.slots = p.slots;
+    causal_conv1d::step(policy, in, p.state.as_view(), p.y.as_view());
   });
 }
 
@@ -149,7 +160,12 @@ BENCHMARK(forward<float>)->Apply(bench::manual)->ArgNames({"B", "L", "D"})->Args
 BENCHMARK(backward<bfloat16>)->Apply(shapes);
 BENCHMARK(backward<float>)->Apply(bench::manual)->ArgNames({"B", "L", "D"})->Args({8, 2048, 2944});
 BENCHMARK(packed)->Apply(bench::manual)->ArgNames({"backward"})->Arg(0)->Arg(1);
-BENCHMARK(step)->Apply(bench::manual)->ArgNames({"B", "D"})->Args({1, 2944})->Args({64, 2944})->Args({1024, 2944});
+void batches(benchmark::internal::Benchmark* b) {
+  bench::manual(b);
+  b->ArgNames({"B", "D"})->Args({1, 2944})->Args({64, 2944})->Args({256, 2944})->Args({1024, 2944});
+}
+BENCHMARK(step<false>)->Apply(batches);
+BENCHMARK(step<true>)->Apply(batches);
 
 }  // namespace
 

@@ -215,7 +215,17 @@ void backward(benchmark::State& state) {
   state.counters["of_exp"] = 2 * (N + 4) * steps / exp_rate() / seconds;
 }
 
-template <class T, int N>
+/// Every other row of a pool, last one first.
+device_tensor<std::int32_t, dyn> slots_of(std::int64_t count) {
+  bench::host_tensor<std::int32_t, dyn> host(count);
+  for (std::int64_t b = 0; b < count; ++b) host(b) = static_cast<std::int32_t>(2 * (count - 1 - b));
+  device_tensor<std::int32_t, dyn> slots(count);
+  memory::upload(device::cuda{.stream = bench::stream()}, host.as_view(), slots.as_view());
+  return slots;
+}
+
+/// A token of each sequence; their states side by side, or in slots.
+template <class T, int N, class State, bool Slots>
 void step(benchmark::State& state) {
   using A = accum_t<T>;
   std::int64_t const B = state.range(0), D = state.range(1);
@@ -223,29 +233,81 @@ void step(benchmark::State& state) {
     device_tensor<T, dyn, dyn> u, delta, z, y, projections;
     device_tensor<A, dyn, dyn> rates;
     device_tensor<A, dyn> skip, bias;
-    device_tensor<A, dyn, dyn, dyn> state;
+    device_tensor<State, dyn, dyn, dyn> state;
+    device_tensor<std::int32_t, dyn> slots;
   };
-  double const bytes = 2.0 * sizeof(A) * static_cast<double>(B * D * N) + sizeof(T) * 4.0 * static_cast<double>(B * D) +
-                       sizeof(A) * static_cast<double>(D * N);
+  double const bytes = 2.0 * sizeof(State) * static_cast<double>(B * D * N) +
+                       sizeof(T) * 4.0 * static_cast<double>(B * D) + sizeof(A) * static_cast<double>(D * N);
   auto const sets = bench::rotated(bytes, [&](int i) {
-    return set{
-        random_tensor<T>(i, B, D),       random_tensor<T>(i + 1, B, D),     random_tensor<T>(i + 2, B, D),
-        bench::poisoned_tensor<T>(B, D), random_tensor<T>(i + 3, B, 2 * N), random_tensor<A>(i + 4, 0.0f, 2.77f, D, N),
-        random_tensor<A>(i + 5, D),      random_tensor<A>(i + 6, D),        random_tensor<A>(i + 7, B, D, N)};
+    return set{random_tensor<T>(i, B, D),
+               random_tensor<T>(i + 1, B, D),
+               random_tensor<T>(i + 2, B, D),
+               bench::poisoned_tensor<T>(B, D),
+               random_tensor<T>(i + 3, B, 2 * N),
+               random_tensor<A>(i + 4, 0.0f, 2.77f, D, N),
+               random_tensor<A>(i + 5, D),
+               random_tensor<A>(i + 6, D),
+               random_tensor<State>(i + 7, Slots ? 2 * B : B, D, N),
+               slots_of(B)};
   });
   bench::measure(state, {.bytes = bytes}, sets, [](device::cuda const& policy, set const& s) {
-    selective_scan::step<N, device::cuda, T>(policy,
-                                             {.u = s.u,
-                                              .delta = s.delta,
-                                              .A = s.rates,
-                                              .B = s.projections.columns(0, N),
-                                              .C = s.projections.columns(N, N),
-                                              .D = s.skip,
-                                              .z = s.z,
-                                              .delta_bias = s.bias,
-                                              .delta_softplus = true,
-                                              .A_is_log = true},
-                                             s.state, s.y.as_view());
+    selective_scan::step_inputs<device::cuda, T, N> in{.u = s.u,
+                                                       .delta = s.delta,
+                                                       .A = s.rates,
+                                                       .B = s.projections.columns(0, N),
+                                                       .C = s.projections.columns(N, N),
+                                                       .D = s.skip,
+                                                       .z = s.z,
+                                                       .delta_bias = s.bias,
+                                                       .delta_softplus = true,
+                                                       .A_is_log = true};
+    if (Slots) in.slots = s.slots;
+    selective_scan::step<N, State>(policy, in, s.state.as_view(), s.y.as_view());
+  });
+}
+
+/// Some tokens of each sequence, and the state after each of them.
+template <class T, int N>
+void steps(benchmark::State& state) {
+  using A = accum_t<T>;
+  std::int64_t const B = state.range(0), D = state.range(1), L = state.range(2);
+  struct set {
+    device_tensor<T, dyn, dyn, dyn> u, delta, z, y, projections;
+    device_tensor<A, dyn, dyn> rates;
+    device_tensor<A, dyn> skip, bias;
+    device_tensor<A, dyn, dyn, dyn> state;
+    device_tensor<std::int32_t, dyn> rows;
+  };
+  double const tokens = static_cast<double>(B * L * D);
+  double const bytes = sizeof(A) * (tokens + static_cast<double>(B * D)) * N + sizeof(T) * 4.0 * tokens +
+                       sizeof(A) * static_cast<double>(D * N);
+  auto const sets = bench::rotated(bytes, [&](int i) {
+    return set{random_tensor<T>(i, B, L, D),
+               random_tensor<T>(i + 1, B, L, D),
+               random_tensor<T>(i + 2, B, L, D),
+               bench::poisoned_tensor<T>(B, L, D),
+               random_tensor<T>(i + 3, B, L, 2 * N),
+               random_tensor<A>(i + 4, 0.0f, 2.77f, D, N),
+               random_tensor<A>(i + 5, D),
+               random_tensor<A>(i + 6, D),
+               random_tensor<A>(i + 7, 2 * B * (L + 1), D, N),
+               slots_of(B * (L + 1))};
+  });
+  bench::measure(state, {.bytes = bytes}, sets, [&](device::cuda const& policy, set const& s) {
+    selective_scan::steps<N>(policy,
+                             {.u = s.u,
+                              .delta = s.delta,
+                              .A = s.rates,
+                              .B = s.projections.columns(0, N),
+                              .C = s.projections.columns(N, N),
+                              .D = s.skip,
+                              .z = s.z,
+                              .delta_bias = s.bias,
+                              .delta_softplus = true,
+                              .A_is_log = true,
+                              .slots = s.rows.slice(0, B),
+                              .kept_slots = s.rows.slice(B, B * L).reshape(B, L)},
+                             s.state.as_view(), s.y.as_view());
   });
 }
 
@@ -274,10 +336,18 @@ void batches(benchmark::internal::Benchmark* b) {
   bench::manual(b);
 }
 
+void drafts(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"B", "D", "L"})->Args({1, 2944, 4})->Args({256, 2944, 4})->Args({256, 2944, 8});
+  bench::manual(b);
+}
+
 BENCHMARK(forward<bfloat16, 16>)->Apply(shapes);
 BENCHMARK(forward_packed)->Apply(bench::manual);
 BENCHMARK(backward<bfloat16, 16>)->Apply(shapes);
-BENCHMARK(step<bfloat16, 16>)->Apply(batches);
+BENCHMARK(step<bfloat16, 16, float, false>)->Apply(batches);
+BENCHMARK(step<bfloat16, 16, float, true>)->Apply(batches);
+BENCHMARK(step<bfloat16, 16, bfloat16, true>)->Apply(batches);
+BENCHMARK(steps<bfloat16, 16>)->Apply(drafts);
 BENCHMARK(forward<float, 16>)->Apply(middle);
 BENCHMARK(backward<float, 16>)->Apply(middle);
 BENCHMARK(forward<bfloat16, 8>)->Apply(middle);

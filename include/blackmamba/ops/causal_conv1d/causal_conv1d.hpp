@@ -3,6 +3,7 @@
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/packed.hpp>
 #include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/slots.hpp>
 #include <blackmamba/core/workspace.hpp>
 
 #include <algorithm>
@@ -43,14 +44,14 @@ struct causal_conv1d {
   /// The inputs of forward, and the gradients that reach its outputs.
   template <device_policy P, storage T>
   struct gradient_inputs {
-    in<P, T, dyn, dyn, dyn> x;                    // (B, L, D)
-    in<P, accum_t<T>, dyn, dyn> weight;           // (D, K)
-    in<P, accum_t<T>, dyn> bias = {};             // (D)          optional
-    in<P, T, dyn, dyn, dyn> initial_state = {};   // (S, K-1, D)  optional
-    in<P, std::int64_t, dyn> cu_seqlens = {};     // (S + 1)      optional
+    in<P, T, dyn, dyn, dyn> x;                   // (B, L, D)
+    in<P, accum_t<T>, dyn, dyn> weight;          // (D, K)
+    in<P, accum_t<T>, dyn> bias = {};            // (D)          optional
+    in<P, T, dyn, dyn, dyn> initial_state = {};  // (S, K-1, D)  optional
+    in<P, std::int64_t, dyn> cu_seqlens = {};    // (S + 1)      optional
     bool silu = false;
-    in<P, T, dyn, dyn, dyn> d_y = {};             // (B, L, D)
-    in<P, T, dyn, dyn, dyn> d_final_state = {};   // (S, K-1, D)  optional; zeros
+    in<P, T, dyn, dyn, dyn> d_y = {};            // (B, L, D)
+    in<P, T, dyn, dyn, dyn> d_final_state = {};  // (S, K-1, D)  optional; zeros
   };
   /// Gradients of activations and states overwrite, those of weight and bias are added. The last two are wanted where
   /// present.
@@ -91,16 +92,50 @@ struct causal_conv1d {
     in<P, accum_t<T>, dyn, dyn> weight;  // (D, K)
     in<P, accum_t<T>, dyn> bias = {};    // (D)     optional
     bool silu = false;
+    in<P, std::int32_t, dyn> slots = {};  // (B)  optional; the row of the state that each sequence has, below 0 none
   };
   /// y (B, D) and the state (B, K-1, D), moved on in place: forward at L = 1. y may alias x.
+  ///
+  /// With slots the state is a pool (S, K-1, D): that of sequence b is row slots[b]. Where that is below 0, nothing is
+  /// read, and the row of y stays as it is. On a host, rows beyond the pool and rows that two sequences have are named;
+  /// on a device the first count as none, and the second leave a state that neither expects.
   template <device_policy P, storage T>
   static void step(P const& policy, std::type_identity_t<step_inputs<home<P>, T>> const& in,
                    std::type_identity_t<out<P, T, dyn, dyn, dyn>> state, out<P, T, dyn, dyn> y) {
+    constexpr char const* op = "causal_conv1d.step";
     auto const batch = y.extent(0), channels = y.extent(1);
-    check_taps("causal_conv1d.step", in, channels);
-    check_shape("causal_conv1d.step", "x", in.x, {batch, channels});
-    check_shape("causal_conv1d.step", "state", state, {batch, in.weight.extent(1) - 1, channels});
-    if (y.size() > 0) backend_of<causal_conv1d, P>::step(policy, in, state, y);
+    check_taps(op, in, channels);
+    check_shape(op, "x", in.x, {batch, channels});
+    check_slots(op, in.slots, host_view<std::int32_t const, dyn, dyn>{}, state, batch, 1, in.weight.extent(1) - 1,
+                channels);
+    if (y.size() > 0 && state.extent(0) > 0) backend_of<causal_conv1d, P>::step(policy, in, state, y);
+  }
+
+  /// Up to most_tokens tokens of each sequence.
+  static constexpr std::int64_t most_tokens = 8;
+  template <device_policy P, storage T>
+  struct token_inputs {
+    in<P, T, dyn, dyn, dyn> x;           // (B, L, D)
+    in<P, accum_t<T>, dyn, dyn> weight;  // (D, K)
+    in<P, accum_t<T>, dyn> bias = {};    // (D)        optional
+    bool silu = false;
+    in<P, std::int32_t, dyn> slots = {};            // (B)     optional; as in step
+    in<P, std::int32_t, dyn, dyn> kept_slots = {};  // (B, L)  optional, with slots; below 0 none
+  };
+  /// L steps in one, with the bits of as many calls of step; y (B, L, D) may alias x. For speculative decoding,
+  /// kept_slots names the row of the pool that the state after each token is left in; the sequence's own row is then
+  /// only read, unless it is among them.
+  template <device_policy P, storage T>
+  static void steps(P const& policy, std::type_identity_t<token_inputs<home<P>, T>> const& in,
+                    std::type_identity_t<out<P, T, dyn, dyn, dyn>> state, out<P, T, dyn, dyn, dyn> y) {
+    constexpr char const* op = "causal_conv1d.steps";
+    auto const batch = y.extent(0), length = y.extent(1), channels = y.extent(2);
+    check_taps(op, in, channels);
+    check_that(length <= most_tokens, op, "y", std::to_string(length) + " tokens",
+               "at most " + std::to_string(most_tokens) + "; forward takes more");
+    check_shape(op, "x", in.x, {batch, length, channels});
+    check_slots(op, in.slots, in.kept_slots, state, batch, length, in.weight.extent(1) - 1, channels);
+    if (y.size() > 0 && state.extent(0) > 0) backend_of<causal_conv1d, P>::steps(policy, in, state, y);
   }
 
   /// The gradients of weight and bias are summed over blocks of this many steps, then over blocks, in order.

@@ -75,8 +75,8 @@ struct backend<causal_conv1d, device::cpu> {
       using V = simd::pack<A>;
       for_tiles(policy, list, channels, [&](block const& at, std::int64_t first, std::int64_t width) {
         taps<V, K> const w(in.weight, in.bias, first, width);
-        columns<A, K> sums;               // of d_weight; what d_bias gets is in d_bias
-        columns<A, K> recent;             // g of the last K-1 steps
+        columns<A, K> sums;    // of d_weight; what d_bias gets is in d_bias
+        columns<A, K> recent;  // g of the last K-1 steps
         columns<A, 1> d_bias;
         std::int64_t const length = at.of.length;
         // K-1 steps beyond the block belong to the next one; here they complete d_x.
@@ -154,11 +154,33 @@ struct backend<causal_conv1d, device::cpu> {
     });
   }
 
-  template <class Inputs, class T>
-  static void step(device::cpu const& policy, Inputs const& in, host_view<T, dyn, dyn, dyn> state,
-                   host_view<T, dyn, dyn> y) {
+  template <class T>
+  static void step(device::cpu const& policy, causal_conv1d::step_inputs<device::cpu, T> const& in,
+                   host_view<T, dyn, dyn, dyn> state, host_view<T, dyn, dyn> y) {
+    auto const one = [](auto const& x) {  // token of each sequence
+      using view_type = std::remove_cvref_t<decltype(x)>;
+      return host_view<typename view_type::element_type, dyn, dyn, dyn>(x.data(), {x.extent(0), 1, x.extent(1)},
+                                                                        {x.stride(0), x.stride(0), 1});
+    };
+    move_on("causal_conv1d.step", policy,
+            causal_conv1d::token_inputs<device::cpu, T>{
+                .x = one(in.x), .weight = in.weight, .bias = in.bias, .silu = in.silu, .slots = in.slots},
+            state, one(y));
+  }
+  template <class T>
+  static void steps(device::cpu const& policy, causal_conv1d::token_inputs<device::cpu, T> const& in,
+                    host_view<T, dyn, dyn, dyn> state, host_view<T, dyn, dyn, dyn> y) {
+    move_on("causal_conv1d.steps", policy, in, state, y);
+  }
+
+ private:
+  template <class T>
+  static void move_on(char const* op, device::cpu const& policy, causal_conv1d::token_inputs<device::cpu, T> const& in,
+                      host_view<T, dyn, dyn, dyn> state, host_view<T, dyn, dyn, dyn> y) {
+    check_slot_numbers(op, in.slots, in.kept_slots, state.extent(0));
     using V = simd::pack<accum_t<T>>;
-    std::int64_t const batch = y.extent(0), channels = y.extent(1), tiles = (channels + tile - 1) / tile;
+    std::int64_t const batch = y.extent(0), length = y.extent(1), channels = y.extent(2);
+    std::int64_t const tiles = (channels + tile - 1) / tile;
     bool const silu = in.silu;
     with_taps(in.weight, [&]<int K>() {
       // Tasks in the order (tile, batch): one reading of the taps serves the batch.
@@ -167,15 +189,23 @@ struct backend<causal_conv1d, device::cpu> {
           std::int64_t const first = begin / batch * tile, width = std::min(tile, channels - first);
           taps<V, K> const w(in.weight, in.bias, first, width);
           for (std::int64_t const stop = std::min(end, (begin / batch + 1) * batch); begin < stop; ++begin) {
-            std::int64_t const b = begin % batch;
+            std::int64_t const b = begin % batch, slot = slot_of(in.slots, b, state.extent(0));
+            if (slot < 0) continue;
             simd::for_packs<V::lanes>(width, [&](std::int64_t d, auto lanes) {
               std::int64_t const channel = first + d;
+              auto const leave = [&](window<V, K> const& past, std::int64_t row) {
+                for (int k = 0; k + 1 < K; ++k) simd::store(past[k + 1], state.row(row, k) + channel, lanes);
+              };
               window<V, K> past;
-              for (int k = 0; k + 1 < K; ++k) past[k] = simd::load<V>(state.row(b, k) + channel, lanes);
-              past[K - 1] = simd::load<V>(in.x.row(b) + channel, lanes);
-              for (int k = 0; k + 1 < K; ++k) simd::store(past[k + 1], state.row(b, k) + channel, lanes);
-              V const p = w.at(d).apply(past);
-              simd::store(silu ? math::silu(p) : p, y.row(b) + channel, lanes);
+              past[0] = 0;  // shifted out
+              for (int k = 0; k + 1 < K; ++k) past[k + 1] = simd::load<V>(state.row(slot, k) + channel, lanes);
+              for (std::int64_t t = 0; t < length; ++t) {
+                shift(past, simd::load<V>(in.x.row(b, t) + channel, lanes));
+                if (in.kept_slots.present() && in.kept_slots(b, t) >= 0) leave(past, in.kept_slots(b, t));
+                V const p = w.at(d).apply(past);
+                simd::store(silu ? math::silu(p) : p, y.row(b, t) + channel, lanes);
+              }
+              if (!in.kept_slots.present()) leave(past, slot);
             });
           }
         }
@@ -183,7 +213,6 @@ struct backend<causal_conv1d, device::cpu> {
     });
   }
 
- private:
   using block = cpu::sequences::block;
   static constexpr std::int64_t steps_per_task = 256;  // of forward
   static constexpr std::int64_t steps_together = 8;
@@ -303,9 +332,12 @@ struct backend<causal_conv1d, device::cpu> {
   template <class Weight, class Body>
   static void with_taps(Weight const& weight, Body&& body) {
     switch (weight.extent(1)) {
-      case 2: return body.template operator()<2>();
-      case 3: return body.template operator()<3>();
-      default: return body.template operator()<4>();
+      case 2:
+        return body.template operator()<2>();
+      case 3:
+        return body.template operator()<3>();
+      default:
+        return body.template operator()<4>();
     }
   }
   /// Calls body(block, first channel, channels) for every block of the sequences and every tile of channels.

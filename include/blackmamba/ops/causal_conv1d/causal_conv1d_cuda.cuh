@@ -4,13 +4,15 @@
 #include <blackmamba/core/cuda/sequences_cuda.cuh>
 #include <blackmamba/core/cuda/vector_cuda.cuh>
 #include <blackmamba/core/math.hpp>
+#include <blackmamba/core/slots.hpp>
 #include <blackmamba/ops/causal_conv1d/causal_conv1d.hpp>
 
 #include <cstdint>
 #include <type_traits>
 
 /// Kernels, for each storage type T, each number of taps K = 2, 3, 4 and packs of N channels (as many as fill one
-/// access to memory, or 1 where rows don't come in packs): forward, backward, step; and one sum of partial gradients.
+/// access to memory, or 1 where rows don't come in packs): forward, backward, step, steps; and one sum of partial
+/// gradients.
 ///
 /// A warp walks down the steps of a tile with the last K inputs of 32 packs of channels in registers, and loads rows
 /// some steps before it needs them: each input is read once, but for K-1 rows above a tile (in backward also below it),
@@ -358,6 +360,38 @@ __global__ void __launch_bounds__(512)
     d_bias.data()[c] += sum;
 }
 
+/// A token's result, of the window of the last K inputs as they are in memory, oldest first.
+template <class T, int K, int N>
+__device__ __forceinline__ pack<accum_t<T>, N> convolution_result(convolution_column<T, K, N>& c,
+                                                                  raw_pack<T, N> const (&window)[K], bool silu) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) c.widen_to(c.past[k], window[k]);
+  pack<accum_t<T>, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result[i] = c.apply(i);
+  if (silu)
+#pragma unroll
+    for (int i = 0; i < N; ++i) result[i] *= convolution_sigmoid(result[i]);
+  return result;
+}
+/// The state before a token, into the window's places before the newest; and the one after it, from there.
+template <class T, int K, int N>
+__device__ __forceinline__ void convolution_read(view<space::device, T, dyn, dyn, dyn> const& state, std::int64_t row,
+                                                 std::int64_t channel, raw_pack<T, N> (&window)[K]) {
+#pragma unroll
+  for (int k = 0; k + 1 < K; ++k) window[k] = convolution_column<T, K, N>::load(state.row(row, k) + channel);
+}
+template <class T, int K, int N>
+__device__ __forceinline__ void convolution_leave(view<space::device, T, dyn, dyn, dyn> const& state, std::int64_t row,
+                                                  std::int64_t channel, raw_pack<T, N> const (&window)[K]) {
+  using raw = raw_pack<T, N>;
+#pragma unroll
+  for (int k = 0; k + 1 < K; ++k)
+#pragma unroll
+    for (int i = 0; i < raw::words; ++i)
+      reinterpret_cast<typename raw::word*>(state.row(row, k) + channel)[i] = window[k + 1].w[i];
+}
+
 /// A thread moves N channels of `rows` sequences on, which share one reading of the taps.
 template <class T, int K, int N>
 __global__ void __launch_bounds__(128)
@@ -371,24 +405,46 @@ __global__ void __launch_bounds__(128)
   c.read_taps(in, channel);
   bool const silu = in.silu;
   for (std::int64_t b = first; b < min(first + rows, batch); ++b) {
-    typename column_type::raw input[K];
-#pragma unroll
-    for (int k = 0; k + 1 < K; ++k) input[k] = column_type::load(state.row(b, k) + channel);
-    input[K - 1] = column_type::load(in.x.row(b) + channel);
-#pragma unroll
-    for (int k = 0; k < K; ++k) column_type::widen_to(c.past[k], input[k]);
-    pack<accum_t<T>, N> result;
-#pragma unroll
-    for (int i = 0; i < N; ++i) result[i] = c.apply(i);
-    if (silu)
-#pragma unroll
-      for (int i = 0; i < N; ++i) result[i] *= convolution_sigmoid(result[i]);
-#pragma unroll
-    for (int k = 0; k + 1 < K; ++k)
-#pragma unroll
-      for (int i = 0; i < column_type::raw::words; ++i)
-        reinterpret_cast<typename column_type::raw::word*>(state.row(b, k) + channel)[i] = input[k + 1].w[i];
+    std::int64_t const slot = slot_of(in.slots, b, state.extent(0));
+    if (slot < 0) continue;
+    typename column_type::raw window[K];
+    convolution_read<T, K, N>(state, slot, channel, window);
+    window[K - 1] = column_type::load(in.x.row(b) + channel);
+    auto const result = convolution_result<T, K, N>(c, window, silu);
+    convolution_leave<T, K, N>(state, slot, channel, window);
     store_pack<N>(y.row(b) + channel, result);
+  }
+}
+
+/// A thread moves N channels of a sequence on by some tokens.
+template <class T, int K, int N>
+__global__ void __launch_bounds__(128)
+    causal_conv1d_steps(causal_conv1d::token_inputs<device::cuda, T> in, view<space::device, T, dyn, dyn, dyn> state,
+                        view<space::device, T, dyn, dyn, dyn> y, std::int64_t packs) {
+  using column_type = convolution_column<T, K, N>;
+  std::int64_t const thread = std::int64_t{blockIdx.x} * 128 + threadIdx.x, b = thread / packs;
+  std::int64_t const channel = thread % packs * N, length = y.extent(1);
+  if (b >= y.extent(0)) return;
+  std::int64_t const slot = slot_of(in.slots, b, state.extent(0));
+  if (slot < 0) return;
+  typename column_type::raw window[K], next = column_type::load(in.x.row(b, 0) + channel);
+  convolution_read<T, K, N>(state, slot, channel, window);
+  column_type c;
+  c.read_taps(in, channel);
+  for (std::int64_t t = 0; t < length; ++t) {
+    if (t > 0)
+#pragma unroll
+      for (int k = 0; k + 1 < K; ++k) window[k] = window[k + 1];
+    window[K - 1] = next;
+    if (t + 1 < length) next = column_type::load(in.x.row(b, t + 1) + channel);
+    std::int64_t to = t + 1 < length ? -1 : slot;
+    if (in.kept_slots.present()) {
+      to = in.kept_slots.row(b)[t];
+      if (to >= state.extent(0)) to = -1;
+    }
+    auto const result = convolution_result<T, K, N>(c, window, in.silu);
+    if (to >= 0) convolution_leave<T, K, N>(state, to, channel, window);
+    store_pack<N>(y.row(b, t) + channel, result);
   }
 }
 
@@ -465,6 +521,19 @@ struct backend<causal_conv1d, device::cuda> {
       while (rows > 1 && columns * (y.extent(0) / rows) < enough) rows /= 2;
       cuda::launch("causal_conv1d.step", policy, {cuda::blocks_for(columns * blocks_of(y.extent(0), rows), 128), 128},
                    cuda::detail::causal_conv1d_step<T, K, N>, in, state, y, columns, rows);
+    });
+  }
+
+  template <class T>
+  static void steps(device::cuda const& policy, causal_conv1d::token_inputs<device::cuda, T> const& in, states<T> state,
+                    states<T> y) {
+    constexpr int wide = wide_pack<T>;
+    bool const packs =
+        cuda::rows_in_packs<wide>(in.x) && cuda::rows_in_packs<wide>(state) && cuda::rows_in_packs<wide>(y);
+    with_taps_and_packs<wide>(in.weight.extent(1), packs, [&]<int K, int N>() {
+      std::int64_t const columns = blocks_of(y.extent(2), N);
+      cuda::launch("causal_conv1d.steps", policy, {cuda::blocks_for(columns * y.extent(0), 128), 128},
+                   cuda::detail::causal_conv1d_steps<T, K, N>, in, state, y, columns);
     });
   }
 

@@ -3,6 +3,7 @@
 #include <blackmamba/core/numeric.hpp>
 #include <blackmamba/core/packed.hpp>
 #include <blackmamba/core/policy.hpp>
+#include <blackmamba/core/slots.hpp>
 #include <blackmamba/core/workspace.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_backward_tuning.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan_tuning.hpp>
@@ -187,24 +188,87 @@ struct selective_scan {
     in<P, accum_t<T>, dyn> delta_bias = {};  // (D)     optional
     bool delta_softplus = false;
     bool A_is_log = false;
+    in<P, std::int32_t, dyn> slots = {};  // (B)  optional; the row of the state that each sequence has, below 0 none
   };
   /// y (B, D) and the state (B, D, N), moved on in place: forward at L = 1. y may alias u, delta or z.
+  ///
+  /// With slots the state is a pool (S, D, N) of more sequences than the batch has: that of sequence b is row slots[b].
+  /// Where that is below 0, nothing is read, and the row of y stays as it is. On a host, rows beyond the pool and rows
+  /// that two sequences have are named; on a device the first count as none, and the second leave a state that neither
+  /// expects.
+  ///
+  ///   selective_scan::step<16>(policy, {.u = u, ..., .slots = slots}, pool, y);
+  ///   selective_scan::step<16, bfloat16>(policy, {.u = u, ..., .slots = slots}, pool, y);  // states of 16 bits
   template <int N, device_policy P, storage T>
   static void step(P const& policy, std::type_identity_t<step_inputs<home<P>, T, N>> const& in,
                    std::type_identity_t<out<P, accum_t<T>, dyn, dyn, dyn>> state, out<P, T, dyn, dyn> y) {
+    step<N, accum_t<T>>(policy, in, state, y);
+  }
+  /// The same with a state that is kept as State: rounded to it after the token, whose y is of the state before that.
+  template <int N, storage State, device_policy P, storage T>
+  requires std::is_same_v<accum_t<State>, accum_t<T>>
+  static void step(P const& policy, std::type_identity_t<step_inputs<home<P>, T, N>> const& in,
+                   std::type_identity_t<out<P, State, dyn, dyn, dyn>> state, out<P, T, dyn, dyn> y) {
     constexpr char const* op = "selective_scan.step";
     check_states<N>();
     auto const batch = y.extent(0), channels = y.extent(1);
     check_shape(op, "u", in.u, {batch, channels});
     check_shape(op, "delta", in.delta, {batch, channels});
-    check_shape(op, "A", in.A, {channels, N});
     check_shape(op, "B", in.B, {batch, N});
     check_shape(op, "C", in.C, {batch, N});
-    check_optional_shape(op, "D", in.D, {channels});
     check_optional_shape(op, "z", in.z, {batch, channels});
-    check_optional_shape(op, "delta_bias", in.delta_bias, {channels});
-    check_shape(op, "state", state, {batch, channels, N});
-    if (y.size() > 0) backend_of<selective_scan, P>::step(policy, in, state, y);
+    check_parameters<N>(op, in, channels);
+    check_slots(op, in.slots, host_view<std::int32_t const, dyn, dyn>{}, state, batch, 1, channels, N);
+    if (y.size() > 0 && state.extent(0) > 0) backend_of<selective_scan, P>::step(policy, in, state, y);
+  }
+
+  /// Up to most_tokens tokens of each sequence.
+  static constexpr std::int64_t most_tokens = 8;
+  template <device_policy P, storage T, int N>
+  struct token_inputs {
+    in<P, T, dyn, dyn, dyn> u;               // (B, L, D)
+    in<P, T, dyn, dyn, dyn> delta;           // (B, L, D)
+    in<P, accum_t<T>, dyn, dyn> A;           // (D, N)
+    in<P, T, dyn, dyn, dyn> B;               // (B, L, N)
+    in<P, T, dyn, dyn, dyn> C;               // (B, L, N)
+    in<P, accum_t<T>, dyn> D = {};           // (D)        optional
+    in<P, T, dyn, dyn, dyn> z = {};          // (B, L, D)  optional
+    in<P, accum_t<T>, dyn> delta_bias = {};  // (D)        optional
+    bool delta_softplus = false;
+    bool A_is_log = false;
+    in<P, std::int32_t, dyn> slots = {};            // (B)     optional; as in step
+    in<P, std::int32_t, dyn, dyn> kept_slots = {};  // (B, L)  optional, with slots; below 0 none
+  };
+  /// L steps in one, with the bits of as many calls of step; y (B, L, D) may alias u, delta or z.
+  ///
+  /// For speculative decoding, kept_slots names the row of the pool that the state after each token is left in; the
+  /// sequence's own row is then only read, unless it is among them. A sequence of which m of the tokens are accepted
+  /// goes on from kept_slots[b, m - 1] without a copy:
+  ///
+  ///   selective_scan::steps<16>(policy, {.u = drafts, ..., .slots = slots, .kept_slots = kept}, pool, y);
+  ///   slots[b] = kept[b, m - 1];  // and the other rows are free again
+  template <int N, device_policy P, storage T>
+  static void steps(P const& policy, std::type_identity_t<token_inputs<home<P>, T, N>> const& in,
+                    std::type_identity_t<out<P, accum_t<T>, dyn, dyn, dyn>> state, out<P, T, dyn, dyn, dyn> y) {
+    steps<N, accum_t<T>>(policy, in, state, y);
+  }
+  template <int N, storage State, device_policy P, storage T>
+  requires std::is_same_v<accum_t<State>, accum_t<T>>
+  static void steps(P const& policy, std::type_identity_t<token_inputs<home<P>, T, N>> const& in,
+                    std::type_identity_t<out<P, State, dyn, dyn, dyn>> state, out<P, T, dyn, dyn, dyn> y) {
+    constexpr char const* op = "selective_scan.steps";
+    check_states<N>();
+    auto const batch = y.extent(0), length = y.extent(1), channels = y.extent(2);
+    check_that(length <= most_tokens, op, "y", std::to_string(length) + " tokens",
+               "at most " + std::to_string(most_tokens) + "; forward takes more");
+    check_shape(op, "u", in.u, {batch, length, channels});
+    check_shape(op, "delta", in.delta, {batch, length, channels});
+    check_shape(op, "B", in.B, {batch, length, N});
+    check_shape(op, "C", in.C, {batch, length, N});
+    check_optional_shape(op, "z", in.z, {batch, length, channels});
+    check_parameters<N>(op, in, channels);
+    check_slots(op, in.slots, in.kept_slots, state, batch, length, channels, N);
+    if (y.size() > 0 && state.extent(0) > 0) backend_of<selective_scan, P>::steps(policy, in, state, y);
   }
 
   /// A checkpoint is taken at the beginning of every so many steps of a sequence.
@@ -323,6 +387,12 @@ struct selective_scan {
                   "blackmamba: selective_scan: N, the number of states of a channel, must lie in 1 to 256; choose a "
                   "smaller d_state");
   }
+  template <int N, class Inputs>
+  static void check_parameters(char const* op, Inputs const& in, std::int64_t channels) {
+    check_shape(op, "A", in.A, {channels, N});
+    check_optional_shape(op, "D", in.D, {channels});
+    check_optional_shape(op, "delta_bias", in.delta_bias, {channels});
+  }
   /// @returns the number of rows that states have
   template <int N, class Inputs>
   static std::int64_t check_inputs(char const* op, Inputs const& in, std::int64_t batch, std::int64_t length,
@@ -330,12 +400,10 @@ struct selective_scan {
     check_states<N>();
     check_shape(op, "u", in.u, {batch, length, channels});
     check_shape(op, "delta", in.delta, {batch, length, channels});
-    check_shape(op, "A", in.A, {channels, N});
     check_shape(op, "B", in.B, {batch, length, N});
     check_shape(op, "C", in.C, {batch, length, N});
-    check_optional_shape(op, "D", in.D, {channels});
     check_optional_shape(op, "z", in.z, {batch, length, channels});
-    check_optional_shape(op, "delta_bias", in.delta_bias, {channels});
+    check_parameters<N>(op, in, channels);
     std::int64_t const states = check_packed(op, batch, length, in.cu_seqlens);
     check_optional_shape(op, "initial_state", in.initial_state, {states, channels, N});
     return states;

@@ -18,9 +18,19 @@ struct backend<selective_scan, device::cpu> {
                        selective_scan::gradients<device::cpu, T> const& d,
                        selective_scan::workspace<device::cpu, T> const& work);
 
-  template <class T, int N>
+  template <class T, int N, class State>
   static void step(device::cpu const& policy, selective_scan::step_inputs<device::cpu, T, N> const& in,
-                   host_view<accum_t<T>, dyn, dyn, dyn> state, host_view<T, dyn, dyn> y);
+                   host_view<State, dyn, dyn, dyn> state, host_view<T, dyn, dyn> y);
+
+  template <class T, int N, class State>
+  static void steps(device::cpu const& policy, selective_scan::token_inputs<device::cpu, T, N> const& in,
+                    host_view<State, dyn, dyn, dyn> state, host_view<T, dyn, dyn, dyn> y);
+
+ private:
+  template <class T, int N, class State>
+  static void move_on(char const* op, device::cpu const& policy,
+                      selective_scan::token_inputs<device::cpu, T, N> const& in, host_view<State, dyn, dyn, dyn> state,
+                      host_view<T, dyn, dyn, dyn> y);
 };
 
 }  // namespace blackmamba

@@ -20,10 +20,15 @@ struct backend<selective_scan, device::cuda> {
                        selective_scan::workspace<device::cuda, T> const& work) {
     cuda::detail::selective_scan_backward<T, N>(policy, in, d, work);
   }
-  template <class T, int N>
+  template <class T, int N, class State>
   static void step(device::cuda const& policy, selective_scan::step_inputs<device::cuda, T, N> const& in,
-                   view<space::device, accum_t<T>, dyn, dyn, dyn> state, view<space::device, T, dyn, dyn> y) {
+                   view<space::device, State, dyn, dyn, dyn> state, view<space::device, T, dyn, dyn> y) {
     cuda::detail::selective_scan_step<T, N>(policy, in, state, y);
+  }
+  template <class T, int N, class State>
+  static void steps(device::cuda const& policy, selective_scan::token_inputs<device::cuda, T, N> const& in,
+                    view<space::device, State, dyn, dyn, dyn> state, view<space::device, T, dyn, dyn, dyn> y) {
+    cuda::detail::selective_scan_steps<T, N>(policy, in, state, y);
   }
 };
 
