@@ -36,6 +36,7 @@ constexpr at::ScalarType scalar_type() {
   if constexpr (std::is_same_v<T, double>) return at::kDouble;
   if constexpr (std::is_same_v<T, bm::bfloat16>) return at::kBFloat16;
   if constexpr (std::is_same_v<T, bm::half>) return at::kHalf;
+  if constexpr (std::is_same_v<T, std::int32_t>) return at::kInt;
 }
 
 /// A tensor as a view of the given rank. @throws where type, device, rank or the last stride is another
@@ -178,26 +179,31 @@ std::vector<tensor> scan_backward(tensor u, tensor delta, tensor A, tensor B, te
   return {d_u, d_delta, d_A, d_B, d_C, or_empty(d_D), or_empty(d_z), or_empty(d_bias), or_empty(d_initial)};
 }
 
-/// One token: the state (batch, channels, states) moves on in place. @returns y (batch, channels)
+/// One token: the state (batch, channels, states), float32 or like u, moves on in place; with slots (batch), int32, it is
+/// a pool, and slots[b] the row of sequence b. @returns y (batch, channels), unwritten where a slot is negative
 tensor state_update(tensor state, tensor u, tensor delta, tensor A, tensor B, tensor C, optional_tensor D,
-                    optional_tensor z, optional_tensor delta_bias, bool delta_softplus) {
+                    optional_tensor z, optional_tensor delta_bias, bool delta_softplus, optional_tensor slots) {
   c10::cuda::CUDAGuard const guard(u.device());
   auto y = at::empty(u.sizes(), u.options());
   for_type(u, [&]<class T>(T) {
     for_states(d_states{}, A.size(1), [&]<int N>(std::integral_constant<int, N>) {
-      with_scratch(u, [&](auto const& policy) {
-        bm::selective_scan::step<N>(policy,
-                                    {.u = view_of<T const, dyn, dyn>("x", u),
-                                     .delta = view_of<T const, dyn, dyn>("dt", delta),
-                                     .A = view_of<float const, dyn, dyn>("A", A),
-                                     .B = view_of<T const, dyn, dyn>("B", B),
-                                     .C = view_of<T const, dyn, dyn>("C", C),
-                                     .D = view_of<float const, dyn>("D", D),
-                                     .z = view_of<T const, dyn, dyn>("z", z),
-                                     .delta_bias = view_of<float const, dyn>("dt_bias", delta_bias),
-                                     .delta_softplus = delta_softplus},
-                                    view_of<float, dyn, dyn, dyn>("state", state), view_of<T, dyn, dyn>("y", y));
-      });
+      bm::selective_scan::step_inputs<bm::device::cuda, T, N> const in{
+          .u = view_of<T const, dyn, dyn>("x", u),
+          .delta = view_of<T const, dyn, dyn>("dt", delta),
+          .A = view_of<float const, dyn, dyn>("A", A),
+          .B = view_of<T const, dyn, dyn>("B", B),
+          .C = view_of<T const, dyn, dyn>("C", C),
+          .D = view_of<float const, dyn>("D", D),
+          .z = view_of<T const, dyn, dyn>("z", z),
+          .delta_bias = view_of<float const, dyn>("dt_bias", delta_bias),
+          .delta_softplus = delta_softplus,
+          .slots = view_of<std::int32_t const, dyn>("state_batch_indices", slots)};
+      bm::device::cuda const policy{.stream = at::cuda::getCurrentCUDAStream().stream()};
+      auto const update = [&]<class State>(State) {
+        bm::selective_scan::step<N, State>(policy, in, view_of<State, dyn, dyn, dyn>("state", state),
+                                           view_of<T, dyn, dyn>("y", y));
+      };
+      state.scalar_type() == at::kFloat ? update(float{}) : update(T{});
     });
   });
   return y;

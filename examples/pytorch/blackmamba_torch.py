@@ -108,16 +108,21 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     return (y, last) if return_last_state else y
 
 
-def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
-    """state: (batch, channels, states), float32, moved on in place; x, dt, z: (batch, channels); A: (channels, states);
-    B, C: (batch, states); D, dt_bias: (channels). Returns (batch, channels). No gradient."""
-    if state.dtype != torch.float32 or not state.is_contiguous():
-        raise TypeError("selective_state_update: state: expected contiguous float32")
+def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
+                           state_batch_indices=None):
+    """state: (batch, channels, states), float32 or like x, moved on in place; x, dt, z: (batch, channels);
+    A: (channels, states); B, C: (batch, states); D, dt_bias: (channels). With state_batch_indices (batch), the state is a
+    pool (rows, channels, states) of which sequence b has row state_batch_indices[b]; where that is negative nothing is
+    read, and the row of the result is not written. Returns (batch, channels). No gradient."""
+    if state.dtype not in (torch.float32, x.dtype) or state.stride(2) != 1:
+        raise TypeError(f"selective_state_update: state: got {state.dtype}, stride {state.stride(2)}, expected float32 "
+                        f"or {x.dtype}, stride 1")
     with torch.no_grad():
         return _extension().state_update(state, x.contiguous(), dt.to(x.dtype).contiguous(), _float(A),
                                          B.to(x.dtype).contiguous(), C.to(x.dtype).contiguous(), _float(D),
                                          None if z is None else z.to(x.dtype).contiguous(), _float(dt_bias),
-                                         bool(dt_softplus))
+                                         bool(dt_softplus), None if state_batch_indices is None
+                                         else state_batch_indices.to(torch.int32).contiguous())
 
 
 class _CausalConv1d(torch.autograd.Function):

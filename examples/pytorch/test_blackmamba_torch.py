@@ -80,6 +80,23 @@ def main():
                                             bias, dt_softplus=True) for t in range(length)]
             assert error(torch.stack(steps, 2), whole.double()) < tolerance
 
+            # States in a pool: the same bits, and no other row is touched. One of them may be missing.
+            def step(state, **slots):
+                return selective_state_update(state, u[:, :, 0], delta[:, :, 0], A, B[:, :, 0], C[:, :, 0], D,
+                                              z[:, :, 0], bias, dt_softplus=True, **slots)
+
+            for kept_as in {torch.float32, dtype}:
+                pool = torch.randn(7, channels, states, device=DEVICE).to(kept_as)
+                rows = torch.tensor([5, 0, 3][:batch], device=DEVICE)
+                alone, before = pool[rows].clone(), pool.clone()
+                expected = step(alone)
+                assert torch.equal(step(pool, state_batch_indices=rows), expected)
+                before[rows] = alone
+                assert torch.equal(pool, before)
+                rows[0] = -1
+                found = step(pool.clone(), state_batch_indices=rows)
+                assert torch.equal(found[1:], expected[1:])
+
         for taps in (2, 3, 4):
             inputs = [random(2, 72, 50), torch.randn(72, taps, device=DEVICE), torch.randn(72, device=DEVICE),
                       random(2, 72, taps - 1)]
