@@ -84,6 +84,12 @@ TEST_CASE("generator: a file with another state in it is turned away, and the st
   CHECK(test::message_of<file_error>([&] { kept.load(path); }) ==
         path + ": a file of format 'blackmamba state 9', expected 'blackmamba state 2'");
 
+  network<blackmamba_model<test::tiny, geglu>, test_policy> of_geglu(1, make_policy());
+  generation_state in_geglu(of_geglu);
+  kept.save(path);
+  CHECK(test::message_of<file_error>([&] { in_geglu.load(path); }) ==
+        path + ": of another architecture: decoder.layers.1.mixer.activation: got silu, expected gelu");
+
   auto advanced = from.state();
   advanced.advance(-6);
   advanced.save(path);

@@ -6,6 +6,7 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <sys/resource.h>
 
 using namespace blackmamba;
@@ -13,6 +14,40 @@ using namespace blackmamba;
 namespace {
 template <class T = float, class Arch = test::tiny_blackmamba>
 using tiny_network = network<Arch, test_policy, T>;
+
+/// Of the same shapes, each with one thing that is another.
+template <class Routing, class Activation = swiglu>
+using one_moe = language_model<test::tiny, prenorm<rms_norm, moe<test::tiny, Routing, Activation>>>;
+template <class Config>
+using one_attention = language_model<Config, prenorm<rms_norm, self_attention<Config>>>;
+struct other_base : test::tiny {
+  static constexpr double rotary_base = 500000;
+};
+struct other_heads : test::tiny {
+  static constexpr int heads = 4;
+};
+/// A mixer that tells nothing of itself: its weights are taken by their tensors.
+struct silent : moe<test::tiny, top1<no_balance>> {
+  static void describe() = delete;
+};
+/// A rule whose offset acts in inference too, with a scale of its own.
+struct steeper : balance_rule<load_bias> {
+  static constexpr double beta = 3;
+};
+
+/// How the traits of two architectures differ, as "name: first, second"; of two that differ in one.
+template <class First, class Second>
+std::string difference() {
+  std::map<std::string, std::string> first;
+  std::string out;
+  First::describe([&](trait const& t) { first[t.name] = t.value; });
+  Second::describe([&](trait const& t) {
+    if (auto const f = first.find(t.name); f == first.end() || f->second != t.value)
+      out += t.name + ": " + (f == first.end() ? "none" : f->second) + ", " + t.value +
+             (t.training ? " in training" : "");
+  });
+  return out;
+}
 
 /// While it lives, this process' files grow to so many bytes and no further.
 struct full_disk {
@@ -83,6 +118,47 @@ TEST_CASE("checkpoint: what does not fit is named, and nothing is lost") {
 
   CHECK(test::message_of<file_error>([&] { save_weights(net, "/no/such/folder/file"); })
             .starts_with("/no/such/folder/file: can't be written"));
+}
+
+TEST_CASE("checkpoint: an architecture tells what changes the function and no shape") {
+  using base = one_moe<top1<no_balance>>;
+  std::string const mixer = "decoder.layers.0.mixer.", router = mixer + "router.";
+  CHECK(difference<base, one_moe<top1<no_balance>, geglu>>() == mixer + "activation: silu, gelu");
+  CHECK(difference<base, one_moe<top1<no_balance>, plain_silu>>() == mixer + "gated: yes, no");
+  CHECK(difference<base, one_moe<top_k<1, no_balance, gate_function::softmax>>>() == router + "gate: sigmoid, softmax");
+  CHECK(difference<base, one_moe<top_k<2, no_balance, gate_function::sigmoid>>>() == router + "top_k: 1, 2");
+  CHECK(difference<base, one_moe<top_k<1, no_balance, gate_function::sigmoid, 125>>>() ==
+        router + "capacity_percent: 0, 125");
+  CHECK(difference<base, one_moe<top1<sinkhorn>>>() == router + "balance: none, sinkhorn in training");
+  CHECK(difference<one_moe<top1<load_bias>>, one_moe<top1<steeper>>>() == router + "beta: 1, 3");
+  CHECK(difference<one_attention<test::tiny>, one_attention<other_base>>() == mixer + "rotary_base: 10000, 500000");
+  CHECK(difference<one_attention<other_heads>, one_attention<test::tiny>>() ==
+        mixer + "heads: 4, 2" + mixer + "kv_heads: 4, 2");
+  // Named by layer: how blocks are nested is no part of it. What a piece does not tell, it does not tell.
+  using layer = prenorm<rms_norm, mlp<test::tiny>>;
+  CHECK(difference<language_model<test::tiny, repeat<2, layer>>, language_model<test::tiny, stack<layer, layer>>>() ==
+        "");
+  CHECK(difference<base, language_model<test::tiny, prenorm<rms_norm, silent>>>() == "");
+}
+
+TEST_CASE("checkpoint: weights of another architecture with the same shapes are turned away") {
+  test::temporary_file const file;
+  network<one_moe<top1<no_balance>>, test_policy> net(1, make_policy());
+  network<one_moe<top1<no_balance>, geglu>, test_policy> other(2, make_policy());
+  auto const before = test::weights_of(other);
+  save_weights(net, file.path);
+  std::string const head = ": of another architecture: decoder.";
+  CHECK(test::message_of<file_error>([&] { load_weights(other, file.path); }) ==
+        file.path + head + "layers.0.mixer.activation: got silu, expected gelu");
+  test::check_equal(test::weights_of(other), before);
+
+  // Files that tell nothing, as those from elsewhere, are taken by their tensors.
+  std::string const eps = "architecture.decoder.final_layernorm.eps";
+  test::change_header(file.path, [&](std::string& h) { test::replace_after(h, eps, "1e-05", "1e-06"); });
+  CHECK(test::message_of<file_error>([&] { load_weights(net, file.path); }) ==
+        file.path + head + "final_layernorm.eps: got 1e-06, expected 1e-05");
+  test::change_header(file.path, [&](std::string& h) { test::replace_after(h, eps, "eps", "not"); });
+  load_weights(net, file.path);
 }
 
 TEST_CASE("checkpoint: a write that fails leaves the old file and nothing else") {

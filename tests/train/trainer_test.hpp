@@ -104,6 +104,11 @@ TEST_CASE_TEMPLATE("trainer: a file that does not fit is named, and changes noth
   CHECK(attempt("\"batch\":", "4", "8") == "batch: got 8, expected 4" + what);
   CHECK(attempt("\"length\":", "16", "32") == "length: got 32, expected 16" + what);
   CHECK(attempt("\"accumulation\":", "1", "2") == "accumulation: got 2, expected 1" + what);
+  std::string const layer = "decoder.layers.1.mixer.";
+  CHECK(attempt("architecture." + layer + "router.balance\"", "sinkhorn", "none") ==
+        "of another architecture: " + layer + "router.balance: got none, expected sinkhorn");
+  CHECK(attempt("architecture." + layer + "activation", "silu", "gelu") ==
+        "of another architecture: " + layer + "activation: got gelu, expected silu");
   // The last tensors that are read.
   std::string const name = "second_moment/decoder.final_layernorm.weight";
   CHECK(attempt("\"" + name, "F32", "I32") ==

@@ -1,8 +1,7 @@
 #pragma once
 #include <blackmamba/core/memory.hpp>
 #include <blackmamba/core/tensor.hpp>
-#include <blackmamba/model/network.hpp>
-#include <blackmamba/model/safetensors.hpp>
+#include <blackmamba/model/checkpoint.hpp>
 
 #include <cstdint>
 #include <string>
@@ -77,6 +76,7 @@ class generation_state {
     memory::download(policy_, memory_.as_view(), host.as_view());
     file.metadata("format", file_format);
     file.metadata("storage", type_name<T>());
+    detail::write_traits<arch>(file, false);
     std::vector<std::string> const lines = layout();
     for (std::size_t i = 0; i < lines.size(); ++i) file.metadata("tensor " + std::to_string(i), lines[i]);
     file.declare<std::int64_t>("position", {1});
@@ -103,6 +103,7 @@ class generation_state {
                        std::to_string(shape[1]) + ", expected " + std::to_string(batch_) + " with " +
                        std::to_string(capacity_));
     check_layout(file);
+    detail::check_traits<arch>(file, false);
     if (position < 0 || (grows() && position > capacity_))
       throw file_error(path + ": a state after " + std::to_string(position) + " tokens, expected 0 to " +
                        (grows() ? std::to_string(capacity_) : "any number"));

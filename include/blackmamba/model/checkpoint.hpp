@@ -74,6 +74,32 @@ void check_tensors(safetensors::reader const& file, Memory const& memory, std::s
       throw file_error(file.path() + ": holds another model: tensor '" + name + "': got " + shape_text(info.shape) +
                        ", expected none");
 }
+
+/// Traits are metadata of a file, under this and their names.
+inline std::string trait_key(trait const& t) { return "architecture." + t.name; }
+
+template <class Arch, class Visitor>
+void describe_architecture(Visitor&& v) {
+  if constexpr (requires { Arch::describe(v); }) Arch::describe(v);
+}
+template <class Arch>
+void write_traits(safetensors::writer& file, bool training) {
+  describe_architecture<Arch>([&](trait const& t) {
+    if (training || !t.training) file.metadata(trait_key(t), t.value);
+  });
+}
+/// Compares a file's traits with the architecture's; the first difference, in the model's order, is the message. What a
+/// file does not tell, one from elsewhere for instance, passes.
+template <class Arch>
+void check_traits(safetensors::reader const& file, bool training) {
+  describe_architecture<Arch>([&](trait const& t) {
+    auto const found = file.header().metadata.find(trait_key(t));
+    if (found == file.header().metadata.end() || found->second == t.value || (t.training && !training)) return;
+    throw file_error(file.path() + ": of another architecture: " + t.name + ": got " + found->second + ", expected " +
+                     t.value);
+  });
+}
+
 /// A file's tensors for a memory, in host memory: read, and converted to the memory's types, in whole before the first
 /// is written, so that a file that can't be read changes nothing.
 template <class Network, class Memory>
@@ -110,27 +136,32 @@ class staged_tensors {
 
 }  // namespace detail
 
-/// Writes a network's weights (and balance offsets) in its storage type, under the published names. The file appears
+/// Writes a network's weights (and balance offsets) in its storage type, under the published names, and as metadata
+/// what the architecture is beside its tensors (see trait). The file appears
 /// whole or not at all. @throws file_error
 template <class Network>
 void save_weights(Network const& network, std::string const& path) {
   safetensors::writer file(path);
   file.metadata("format", "blackmamba weights 1");
+  detail::write_traits<typename Network::arch>(file, false);
   detail::declare_tensors<Network>(file, network.memory(), "");
   detail::write_tensors<Network>(file, network.memory(), network.policy());
   file.finish();
 }
 
 /// Reads weights of any floating-point type into a network's storage type. Every tensor must be there with the
-/// network's shape, and no other; tensors named "…/…" (a trainer's state) are passed over. A trainer of the network
+/// network's shape, and no other; tensors named "…/…" (a trainer's state) are passed over. A file that says what its
+/// architecture is must say this one's: SwiGLU weights do not load into GEGLU layers, though their shapes agree. A file
+/// without that, published weights for instance, is taken by its tensors alone. A trainer of the network
 /// goes on from the new weights with the moments that it has. The file is checked and read in whole, into as much host
 /// memory as the weights take, before the first weight changes: where file_error or workspace_error is thrown, the
 /// network is as it was.
-/// @throws file_error naming the first tensor that differs, got and expected
+/// @throws file_error naming the first tensor or trait that differs, got and expected
 template <class Network>
 void load_weights(Network& network, std::string const& path) {
   safetensors::reader file(path);
   detail::check_tensors<Network>(file, network.memory(), "", false);
+  detail::check_traits<typename Network::arch>(file, false);
   detail::staged_tensors<Network, typename Network::memory_type> const staged(file, network.memory(), "");
   network.weights_changed();
   staged.upload(network.policy());

@@ -48,6 +48,13 @@ struct language_model {
     Blocks::visit(p.blocks, names, v);
     final_norm::visit(p.norm, "decoder.final_layernorm.", v);
   }
+  /// What tells this architecture from others whose tensors have the same shapes: v(trait) for each.
+  template <class Visitor>
+  static void describe(Visitor&& v) {
+    layer_names names;
+    detail::describe_block<Blocks>(names, v);
+    detail::describe_part<final_norm>("decoder.final_layernorm.", v);
+  }
   /// Residual layers.
   static int layer_count() {
     layer_names names;

@@ -14,6 +14,7 @@ namespace blackmamba {
 ///
 ///   static constexpr double beta;           // scale of the logits in the selector
 ///   static constexpr bool at_inference;     // whether g takes part when the model is not training
+///   static constexpr char const* name;      // optional: a trainer's files are told apart by it
 ///
 ///   template <device_policy P, storage A>   // sets g from this step's logits
 ///   static void before(context<P> const& c,
@@ -57,10 +58,16 @@ struct no_balance {
   static void after(context<P> const&, expert_dispatch::routing<home<P>> const&, out<P, A, dyn>, int) {}
 };
 
+template <>
+struct balance_rule<no_balance> : no_balance {
+  static constexpr char const* name = "none";  // here, so that rules that derive from no_balance do not inherit it
+};
+
 /// Sinkhorn balancing in training, starting from the previous step's solution (BlackMamba, arXiv 2402.01771, section
 /// 3).
 template <>
 struct balance_rule<sinkhorn> : no_balance {
+  static constexpr char const* name = "sinkhorn";
   static constexpr double beta = 2;
   template <device_policy P, storage A>
   static void before(context<P> const& c, in<P, A, dyn, dyn> logits, out<P, A, dyn> offset, int,
@@ -73,6 +80,7 @@ struct balance_rule<sinkhorn> : no_balance {
 /// excess.
 template <>
 struct balance_rule<load_bias> : no_balance {
+  static constexpr char const* name = "load_bias";
   static constexpr bool at_inference = true;
   static constexpr double rate = 1e-3;
   template <device_policy P, storage A>
@@ -84,6 +92,7 @@ struct balance_rule<load_bias> : no_balance {
 /// Quantile balancing: g such that each expert's share of the tokens passes its threshold.
 template <>
 struct balance_rule<quantile_balance> : no_balance {
+  static constexpr char const* name = "quantile_balance";
   template <device_policy P, storage A>
   static void before(context<P> const& c, in<P, A, dyn, dyn> logits, out<P, A, dyn> offset, int top_k,
                      out<P, sinkhorn::report, dyn>) {

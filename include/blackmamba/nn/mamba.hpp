@@ -16,7 +16,7 @@ namespace blackmamba {
 ///   y = recurrence(u, delta, A = -exp(A_log), B, C, D) silu(z)
 ///   out = out_proj(y)
 ///
-/// Recurrence is selective_scan or a type with the same members.
+/// Recurrence is selective_scan or a type with the same members; where it has a name, checkpoints are told apart by it.
 template <class Config, class Recurrence = selective_scan>
 struct mamba {
   static constexpr int d_model = Config::d_model;
@@ -77,6 +77,14 @@ struct mamba {
     v(entry{prefix + "out_proj.weight", kind::matrix, {d_model, d_inner}, fan_in(d_inner).residual()}, p.out_proj);
     if (configuration::add_bias_linear<Config>())
       v(entry{prefix + "out_proj.bias", kind::vector, {d_model}, initial::constant(0)}, p.out_proj_bias);
+  }
+  template <class Visitor>
+  static void describe(std::string const& prefix, Visitor&& v) {
+    v(trait{prefix + "kind", "mamba"});
+    if constexpr (std::is_same_v<Recurrence, selective_scan>)
+      v(trait{prefix + "recurrence", "selective_scan"});
+    else
+      detail::describe_name<Recurrence>(prefix + "recurrence", v);
   }
   template <class State, class Visitor>
   static void visit_state(State& s, std::int64_t batch, std::int64_t, Visitor&& v) {

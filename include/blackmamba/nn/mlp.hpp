@@ -8,6 +8,14 @@
 
 namespace blackmamba {
 
+namespace detail {
+template <class Activation, class Visitor>
+void describe_activation(std::string const& prefix, Visitor&& v) {
+  describe_name<typename Activation::function>(prefix + "activation", v);
+  v(trait{prefix + "gated", Activation::gated ? "yes" : "no"});
+}
+}  // namespace detail
+
 /// out = linear_fc2(act(linear_fc1(hidden))): the dense layer that an expert is one of.
 template <class Config, class Activation = swiglu>
 struct mlp : stateless {
@@ -37,6 +45,12 @@ struct mlp : stateless {
     if (biased) v(entry{prefix + "linear_fc1.bias", kind::vector, {d_fc1}, initial::constant(0)}, p.fc1_bias);
     v(entry{prefix + "linear_fc2.weight", kind::matrix, {d_model, d_ff}, fan_in(d_ff).residual()}, p.fc2);
     if (biased) v(entry{prefix + "linear_fc2.bias", kind::vector, {d_model}, initial::constant(0)}, p.fc2_bias);
+  }
+
+  template <class Visitor>
+  static void describe(std::string const& prefix, Visitor&& v) {
+    v(trait{prefix + "kind", "mlp"});
+    detail::describe_activation<Activation>(prefix, v);
   }
 
   template <device_policy P, storage T, class S>

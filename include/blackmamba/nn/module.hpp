@@ -6,6 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,6 +24,14 @@
 ///
 /// and by visit functions that name every view with its shape: allocation, initialisation, optimisation, counting and
 /// checkpoints all follow from those.
+///
+/// What a module computes depends on more than its weights: an activation, a rotary base. A mixer (and a norm) that has
+///
+///   template <class Visitor>
+///   static void describe(std::string const& prefix, Visitor&& v) { v(trait{prefix + "activation", "silu"}); }
+///
+/// says so, and weights in a file that says otherwise are turned away. Blocks hand describe(names, v) on to what they
+/// are made of, as they do visit.
 ///
 /// forward, backward and step are also called under device::dry<P>, which measures what they take from the workspace:
 /// there the views have sizes, but no memory that may be touched. Use operators, which do nothing under that policy, or
@@ -119,6 +129,14 @@ struct entry {
   }
 };
 
+/// Something that changes what a module computes, and no tensor's shape. Checkpoints carry it, and are compared by it
+/// where both the file and the network tell that name.
+struct trait {
+  std::string name;       ///< begins with the prefix that the module's tensors have
+  std::string value;
+  bool training = false;  ///< changes how a model trains, not what it computes afterwards: weights alone go without it
+};
+
 /// Names of layers, in order; blocks take the next one for each residual layer.
 class layer_names {
  public:
@@ -128,6 +146,31 @@ class layer_names {
  private:
   int count_ = 0;
 };
+
+namespace detail {
+
+/// A decimal text that reads back as the number, of 6 digits where these do.
+inline std::string number_text(double x) {
+  char text[32];
+  for (int digits = 6; digits <= 17; ++digits) {
+    std::snprintf(text, sizeof text, "%.*g", digits, x);
+    if (std::strtod(text, nullptr) == x) break;
+  }
+  return text;
+}
+
+/// Says a part's name where it has one: a user's activation or recurrence need not.
+template <class Part, class Visitor>
+void describe_name(std::string const& name, Visitor&& v, bool training = false) {
+  if constexpr (requires { std::string(Part::name); }) v(trait{name, Part::name, training});
+}
+/// A mixer's or a norm's traits, where it tells them.
+template <class Part, class Visitor>
+void describe_part(std::string const& prefix, Visitor&& v) {
+  if constexpr (requires { Part::describe(prefix, v); }) Part::describe(prefix, v);
+}
+
+}  // namespace detail
 
 /// For modules that keep nothing.
 struct nothing {};
@@ -169,6 +212,17 @@ concept block = requires(typename B::template parameters<space::host, float> p, 
 };
 
 namespace detail {
+/// A block's traits. Of one that tells none, the names of its layers pass by.
+template <class Block, class Visitor>
+void describe_block(layer_names& names, Visitor&& v) {
+  if constexpr (requires { Block::describe(names, v); }) {
+    Block::describe(names, v);
+  } else {
+    typename Block::template parameters<space::host, float> views{};
+    Block::visit(views, names, ignore_visits{});
+  }
+}
+
 /// A block's width where it tells one (prenorm and what is made of it do), else 0: any.
 template <class Block>
 constexpr int block_width() {

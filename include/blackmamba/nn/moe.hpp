@@ -89,6 +89,18 @@ struct moe : stateless {
     v(entry{prefix + "report", kind::statistic, {1}}, p.report);
   }
 
+  template <class Visitor>
+  static void describe(std::string const& prefix, Visitor&& v) {
+    v(trait{prefix + "kind", "moe"});
+    detail::describe_activation<Activation>(prefix, v);
+    v(trait{prefix + "router.top_k", std::to_string(k)});
+    v(trait{prefix + "router.gate", router::name_of(Routing::gate)});
+    v(trait{prefix + "router.capacity_percent", std::to_string(Routing::capacity_percent)});
+    v(trait{prefix + "router.offset_at_inference", balance::at_inference ? "yes" : "no"});
+    if (balance::at_inference) v(trait{prefix + "router.beta", detail::number_text(balance::beta)});
+    detail::describe_name<balance>(prefix + "router.balance", v, true);
+  }
+
   template <device_policy P, storage T, class S>
   static void forward(context<P> const& c, parameters<S, T> const& p, in<P, T, dyn, dyn> x, out<P, T, dyn, dyn> y,
                       saved<S, T>& keep, nothing*) {

@@ -6,7 +6,7 @@
 namespace blackmamba {
 
 /// A normalisation as part of a network: its parameters, what it saves, forward with the residual add, backward.
-/// Specialised for rms_norm and layer_norm; a norm of one's own is one more specialisation.
+/// Specialised for rms_norm and layer_norm; a norm of one's own is one more specialisation (describe may be left out).
 template <class Norm, int Width>
 struct norm_layer;
 
@@ -24,6 +24,11 @@ struct norm_layer<rms_norm, Width> {
   template <class Parameters, class Visitor>
   static void visit(Parameters& p, std::string const& prefix, Visitor&& v) {
     v(entry{prefix + "weight", kind::vector, {Width}, initial::constant(1)}, p.weight);
+  }
+  template <class Visitor>
+  static void describe(std::string const& prefix, Visitor&& v) {
+    v(trait{prefix + "kind", "rms_norm"});
+    v(trait{prefix + "eps", detail::number_text(rms_norm::inputs<device::cpu, float>{}.eps)});
   }
   /// y = norm(x + residual); the sum goes to keep.sum where that is present.
   template <device_policy P, storage T, class S>
@@ -61,6 +66,11 @@ struct norm_layer<layer_norm, Width> {
   static void visit(Parameters& p, std::string const& prefix, Visitor&& v) {
     v(entry{prefix + "weight", kind::vector, {Width}, initial::constant(1)}, p.weight);
     v(entry{prefix + "bias", kind::vector, {Width}, initial::constant(0)}, p.bias);
+  }
+  template <class Visitor>
+  static void describe(std::string const& prefix, Visitor&& v) {
+    v(trait{prefix + "kind", "layer_norm"});
+    v(trait{prefix + "eps", detail::number_text(layer_norm::inputs<device::cpu, float>{}.eps)});
   }
   template <device_policy P, storage T, class S>
   static void forward(context<P> const& c, parameters<S, T> const& p, in<P, T, dyn, dyn> x,

@@ -67,6 +67,12 @@ struct prenorm {
     norm::visit(p.norm_parameters, prefix + "norm.", v);
     Mixer::visit(p.mixer_parameters, prefix + "mixer.", v);
   }
+  template <class Visitor>
+  static void describe(layer_names& names, Visitor&& v) {
+    std::string const prefix = names.next();
+    detail::describe_part<norm>(prefix + "norm.", v);
+    detail::describe_part<Mixer>(prefix + "mixer.", v);
+  }
   template <class State, class Visitor>
   static void visit_state(State& s, std::int64_t batch, std::int64_t capacity, Visitor&& v) {
     Mixer::visit_state(s, batch, capacity, v);
@@ -142,6 +148,14 @@ struct parallel {
     A::visit(p.a, prefix + "mixer.", v);
     norm::visit(p.norm_b, prefix + "norm_moe.", v);
     B::visit(p.b, prefix + "moe.", v);
+  }
+  template <class Visitor>
+  static void describe(layer_names& names, Visitor&& v) {
+    std::string const prefix = names.next();
+    detail::describe_part<norm>(prefix + "norm.", v);
+    detail::describe_part<A>(prefix + "mixer.", v);
+    detail::describe_part<norm>(prefix + "norm_moe.", v);
+    detail::describe_part<B>(prefix + "moe.", v);
   }
   template <class State, class Visitor>
   static void visit_state(State& s, std::int64_t batch, std::int64_t capacity, Visitor&& v) {

@@ -54,6 +54,13 @@ struct self_attention {
     v(entry{prefix + "out_proj.weight", kind::matrix, {d_model, d_q}, fan_in(d_q).residual()}, p.out_proj);
     if (biased) v(entry{prefix + "out_proj.bias", kind::vector, {d_model}, initial::constant(0)}, p.out_proj_bias);
   }
+  template <class Visitor>
+  static void describe(std::string const& prefix, Visitor&& v) {
+    v(trait{prefix + "kind", "self_attention"});
+    v(trait{prefix + "heads", std::to_string(heads)});
+    v(trait{prefix + "kv_heads", std::to_string(kv_heads)});
+    v(trait{prefix + "rotary_base", detail::number_text(configuration::rotary_base<Config>())});
+  }
   template <class State, class Visitor>
   static void visit_state(State& s, std::int64_t batch, std::int64_t capacity, Visitor&& v) {
     v(entry{"key", kind::matrix, {batch, capacity, kv_heads, d_head}}, s.key);

@@ -36,6 +36,10 @@ struct stack {
   static void visit(Parameters& p, layer_names& names, Visitor&& v) {
     each([&]<class Block, std::size_t I>() { Block::visit(std::get<I>(p.part), names, v); });
   }
+  template <class Visitor>
+  static void describe(layer_names& names, Visitor&& v) {
+    (detail::describe_block<Blocks>(names, v), ...);
+  }
   template <class State, class Visitor>
   static void visit_state(State& s, std::int64_t batch, std::int64_t capacity, Visitor&& v) {
     each([&]<class Block, std::size_t I>() { Block::visit_state(std::get<I>(s.part), batch, capacity, v); });
@@ -104,6 +108,10 @@ struct repeat {
   template <class Parameters, class Visitor>
   static void visit(Parameters& p, layer_names& names, Visitor&& v) {
     for (auto& part : p.part) Block::visit(part, names, v);
+  }
+  template <class Visitor>
+  static void describe(layer_names& names, Visitor&& v) {
+    for (int i = 0; i < N; ++i) detail::describe_block<Block>(names, v);
   }
   template <class State, class Visitor>
   static void visit_state(State& s, std::int64_t batch, std::int64_t capacity, Visitor&& v) {

@@ -156,6 +156,7 @@ class trainer {
     file.metadata("storage", type_name<T>());
     file.metadata("step", std::to_string(step_));
     for (auto const& [name, value] : step_sizes()) file.metadata(name, std::to_string(value));
+    detail::write_traits<arch>(file, true);
     detail::declare_tensors<Network>(file, network_.memory(), "");
     detail::declare_tensors<Network>(file, first_moment_, "first_moment/");
     detail::declare_tensors<Network>(file, second_moment_, "second_moment/");
@@ -172,7 +173,8 @@ class trainer {
   }
   /// Continues from a file that save() wrote, with any storage type and on any device: masters, where the file has
   /// them, are the weights of a trainer without; a trainer with masters takes a file's weights as these where it has
-  /// none. Batch, length and accumulation must be the file's; the other options may differ.
+  /// none. Batch, length, accumulation and the architecture, balance rule included, must be the
+  /// file's; the other options may differ.
   ///
   /// The file is checked and read in whole, into as much host memory as it is long, before anything changes: where
   /// file_error or workspace_error is thrown, network and trainer are as they were.
@@ -252,6 +254,7 @@ class trainer {
     detail::check_tensors<Network>(file, network_.memory(), "", true);
     detail::check_tensors<Network>(file, first_moment_, "first_moment/", true);
     detail::check_tensors<Network>(file, second_moment_, "second_moment/", true);
+    detail::check_traits<arch>(file, true);
     std::string const stored = file.metadata("storage");
     bool const masters = stored == type_name<bfloat16>() || stored == type_name<half>();
     if (!masters && stored != type_name<float>() && stored != type_name<double>())

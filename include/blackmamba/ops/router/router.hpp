@@ -36,6 +36,9 @@ struct router_options {
 struct router {
   using gate_function = blackmamba::gate_function;
   using options = router_options;
+  static constexpr char const* name_of(gate_function gate) {
+    return gate == gate_function::sigmoid ? "sigmoid" : gate == gate_function::softmax ? "softmax" : "softmax_selected";
+  }
   template <device_policy P, storage T>
   struct inputs {
     in<P, accum_t<T>, dyn, dyn> logits;  // (M, E)
