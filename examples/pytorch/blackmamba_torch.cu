@@ -179,8 +179,8 @@ std::vector<tensor> scan_backward(tensor u, tensor delta, tensor A, tensor B, te
   return {d_u, d_delta, d_A, d_B, d_C, or_empty(d_D), or_empty(d_z), or_empty(d_bias), or_empty(d_initial)};
 }
 
-/// One token: the state (batch, channels, states), float32 or like u, moves on in place; with slots (batch), int32, it is
-/// a pool, and slots[b] the row of sequence b. @returns y (batch, channels), unwritten where a slot is negative
+/// One token: the state (batch, channels, states), float32 or like u, moves on in place; with slots (batch), int32, it
+/// is a pool, and slots[b] the row of sequence b. @returns y (batch, channels), unwritten where a slot is negative
 tensor state_update(tensor state, tensor u, tensor delta, tensor A, tensor B, tensor C, optional_tensor D,
                     optional_tensor z, optional_tensor delta_bias, bool delta_softplus, optional_tensor slots) {
   c10::cuda::CUDAGuard const guard(u.device());
