@@ -199,6 +199,30 @@ TEST_CASE("generator: logits that are not there are named") {
   static_assert(!std::is_constructible_v<generator<net_type>, net_type>);
 }
 
+TEST_CASE("generate: a text that attention's cache can't hold is turned away before anything is read") {
+  network<test::tiny_transformer, test_policy> attentive(1, make_policy());
+  generator from(attentive, {.capacity = 24});
+  auto const message = [&](std::span<std::int32_t const> with, std::int64_t count) {
+    int made = 0;
+    auto const text =
+        test::message_of<value_error>([&] { generate(from, with, count, {}, [&](int) { return ++made > 0; }); });
+    CHECK(made == 0);
+    return text;
+  };
+  std::string const rest =
+      ", expected at most 24 in all; a model with attention holds as many tokens as generation_options::capacity says";
+  CHECK(message(prompt, 20) == "generate: capacity: got 0 tokens, a prompt of 5 and 20 to be made" + rest);
+  CHECK(message(std::vector<std::int32_t>(25), 0) ==
+        "generate: capacity: got 0 tokens, a prompt of 25 and 0 to be made" + rest);
+  CHECK(message(prompt, std::numeric_limits<std::int64_t>::max()).ends_with(rest));
+  CHECK(from.position() == 0);
+  CHECK(generate(from, prompt, 9).size() == 9);
+  CHECK(from.room() == 10);
+  CHECK(message({}, 11) == "generate: capacity: got 14 tokens, a prompt of 0 and 11 to be made" + rest);
+  CHECK(generate(from, {}, 10).size() == 10);
+  CHECK(from.room() == 0);
+}
+
 TEST_CASE("generator: options outside their domain are named") {
   net_type net(1, make_policy());
   auto const message = [&](generation_options const& options) {

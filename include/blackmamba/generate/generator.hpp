@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <utility>
@@ -108,6 +109,10 @@ class generator {
     has_logits_ = false;
   }
   std::int64_t position() const { return state_.position(); }
+  /// Tokens that can be read yet: what attention's capacity leaves; without attention layers any number.
+  std::int64_t room() const {
+    return grows_ ? options_.capacity - state_.position() : std::numeric_limits<std::int64_t>::max();
+  }
   std::size_t workspace_bytes() const { return workspace_.capacity(); }
   Network const& network() const { return network_; }
 
@@ -163,7 +168,7 @@ class generator {
   }
   /// Attention layers hold `capacity` tokens; on a device only the host knows how many are there.
   void check_capacity(std::int64_t more) const {
-    if (grows_ && state_.position() + more > options_.capacity)
+    if (more > room())
       throw value_error("generator: capacity: got " + std::to_string(state_.position()) + " tokens and " +
                         std::to_string(more) + " more, expected at most " + std::to_string(options_.capacity) +
                         "; a model with attention holds as many tokens as generation_options::capacity says");
@@ -200,8 +205,8 @@ class generator {
 /// prompt goes on from there, and the text is the same in one call or in several. The draw for a token depends on the
 /// seed and on the token's position in the text.
 /// @return the new tokens
-/// @throws value_error where the generator has several sequences, or where the prompt is empty and there are no logits
-/// to go on from
+/// @throws value_error before anything is read, where the generator has several sequences, where the prompt is empty
+/// and there are no logits to go on from, and where attention's capacity does not hold the prompt and count more tokens
 template <class Network, class Emit>
 std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int32_t const> prompt, std::int64_t count,
                                    sampling_options const& options, Emit&& emit) {
@@ -213,6 +218,12 @@ std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int3
   if (prompt.empty() && !from.has_logits())
     throw value_error("generate: prompt: got no token, expected one at least where nothing was read since the "
                       "generator was built or its state restored");
+  auto const read = static_cast<std::int64_t>(prompt.size());
+  if (read > from.room() || count > from.room() - read)
+    throw value_error("generate: capacity: got " + std::to_string(from.position()) + " tokens, a prompt of " +
+                      std::to_string(read) + " and " + std::to_string(count) + " to be made, expected at most " +
+                      std::to_string(from.state().capacity()) +
+                      " in all; a model with attention holds as many tokens as generation_options::capacity says");
   std::vector<std::int32_t> made;
   if (!prompt.empty()) from.prefill(prompt);
   for (bool more = true; more && static_cast<std::int64_t>(made.size()) < count;) {
