@@ -61,6 +61,24 @@ TEST_CASE_TEMPLATE("trainer: the same bits in two runs, for any number of thread
   test::check_equal(run(3), first);
 }
 
+TEST_CASE("trainer: Sinkhorn's options, as a layer has them, reach the operator") {
+  static constexpr sinkhorn::options how{.mode = sinkhorn::mode::ones, .fixed_passes = 3, .beta = 1};
+  using rule = moe<test::tiny, top1<sinkhorn_balance<how>>>::balance;
+  static_assert(rule::beta == 1 && moe<test::tiny, top1<sinkhorn>>::balance::beta == 2);
+  auto const logits = test::upload<float>(test::random_normal(64 * 5, 3), 64, 5);
+  auto const report = zeros<sinkhorn::report>(make_policy(), 1);
+  auto const by_rule = zeros<float>(make_policy(), 5), by_operator = zeros<float>(make_policy(), 5);
+  arena<test::test_space> workspace(1 << 20);
+  context<test_policy> c{.policy = make_policy()};
+  c.policy.workspace = &workspace;
+  rule::before<test_policy, float>(c, logits, by_rule, 1, report);
+  sinkhorn::forward(c.policy, logits, by_operator, report, how);
+  test::check_equal(test::download(by_rule.as_view()), test::download(by_operator.as_view()));
+  tensor<space::host, sinkhorn::report, dyn> host(1);
+  memory::download(make_policy(), report.as_view(), host.as_view());
+  CHECK(host(0).passes == 3);
+}
+
 TEST_CASE_TEMPLATE("trainer: a run that is saved and loaded goes on bit for bit", T, float, bfloat16) {
   test::temporary_file file;
   tiny_network<T> straight(1, make_policy()), before(1, make_policy()), after(99, make_policy());

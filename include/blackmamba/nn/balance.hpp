@@ -64,17 +64,25 @@ struct balance_rule<no_balance> : no_balance {
 };
 
 /// Sinkhorn balancing in training, starting from the previous step's solution (BlackMamba, arXiv 2402.01771, section
-/// 3).
-template <>
-struct balance_rule<sinkhorn> : no_balance {
+/// 3). top1<sinkhorn> takes the operator's default options; others stand where sinkhorn stood:
+///
+///   top1<sinkhorn_balance<sinkhorn::options{.mode = sinkhorn::mode::reference}>>    the published loop
+///   top1<sinkhorn_balance<sinkhorn::options{.fixed_passes = 2}>>                    a step of known cost
+template <sinkhorn::options How = sinkhorn::options{}>
+struct sinkhorn_balance : no_balance {
+  static_assert(How.tolerance >= 0 && How.max_passes >= 0 && How.fixed_passes >= 0,
+                "blackmamba: sinkhorn_balance: tolerance, max_passes and fixed_passes are 0 or more; change the one "
+                "that is not");
   static constexpr char const* name = "sinkhorn";
-  static constexpr double beta = 2;
+  static constexpr double beta = How.beta;
   template <device_policy P, storage A>
   static void before(context<P> const& c, in<P, A, dyn, dyn> logits, out<P, A, dyn> offset, int,
                      out<P, sinkhorn::report, dyn> report) {
-    sinkhorn::forward(c.policy, logits, offset, report, {.beta = beta});
+    sinkhorn::forward(c.policy, logits, offset, report, How);
   }
 };
+template <>
+struct balance_rule<sinkhorn> : sinkhorn_balance<> {};
 
 /// Auxiliary-loss-free bias (Wang et al., arXiv 2408.15664): after a step, g moves against the sign of the load's
 /// excess.
