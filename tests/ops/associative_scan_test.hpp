@@ -493,7 +493,8 @@ TEST_CASE("associative_scan: shapes that disagree are named") {
   auto const x = zeros<float>(make_policy(), 2, 5);
   auto const y = zeros<float>(make_policy(), 2, 6);
   auto const states = zeros<float>(make_policy(), 3);
-  auto const message = [&](auto const& result, associative_scan::options<home<test_policy>, float, 2> const& how) {
+  using options = associative_scan::options<home<test_policy>, float, 2>;
+  auto const message = [&](decltype(x) const& result, options const& how) {
     return test::message_of<shape_error>(
         [&] { associative_scan::forward(make_policy(), plain_sum{}, x, result, how); });
   };
