@@ -137,11 +137,15 @@ struct square {
   static constexpr double operations = 2.0 * n * n * n;
 };
 
+/// cached: one layer again and again, whose weights stay in the second-level cache where they fit; else several.
 template <class Config>
-void whole(benchmark::State& state, pass what) {
+void whole(benchmark::State& state, pass what, bool cached = false) {
   std::int64_t const tokens = state.range(0);
   double const all = operations<Config>(tokens) * (what == pass::backward ? 2 : 1);
-  layer<Config> const l(tokens, what);
+  std::vector<layer<Config>> layers;
+  int const count = tokens > 4096 || cached ? 1 : std::min(8, bench::copies_past_l2(weight_bytes<Config>(tokens)));
+  for (int i = 0; i < count; ++i) layers.emplace_back(tokens, what, 1 + 10 * i);
+  layer<Config> const& l = layers.front();
   if (tokens > 4096) {
     square product;
     auto const [seconds, product_seconds] =
@@ -154,9 +158,8 @@ void whole(benchmark::State& state, pass what) {
     state.counters["of_product"] = all / seconds / rate;
     return;
   }
-  std::vector<int> const once{0};
-  bench::measure(state, {.bytes = weight_bytes<Config>(tokens)}, once,
-                 [&](device::cuda const& policy, int) { l.run(policy.stream, what); });
+  bench::measure(state, {.bytes = weight_bytes<Config>(tokens)}, layers,
+                 [&](device::cuda const& policy, layer<Config> const& one) { one.run(policy.stream, what); });
   state.counters["Tops"] = all / state.counters["us"] * 1e-6;
 }
 
@@ -219,7 +222,7 @@ void experts(benchmark::State& state, bool keep) {
 void sizes(benchmark::internal::Benchmark* b) {
   bench::manual(b);
   b->ArgName("tokens");
-  for (std::int64_t n : {1, 64, 512, 2048, 16384, 65536}) b->Arg(n);
+  for (std::int64_t n : {1, 2, 4, 8, 64, 512, 2048, 16384, 65536}) b->Arg(n);
 }
 void large_sizes(benchmark::internal::Benchmark* b) {
   bench::manual(b);
@@ -228,11 +231,13 @@ void large_sizes(benchmark::internal::Benchmark* b) {
 
 void layer_2_8b(benchmark::State& state, pass what) { whole<large>(state, what); }
 void layer_1_5b(benchmark::State& state, pass what) { whole<small>(state, what); }
+void layer_2_8b_cached(benchmark::State& state) { whole<large>(state, pass::inference, true); }
 void experts_2_8b(benchmark::State& state, bool keep) { experts<large>(state, keep); }
 
 }  // namespace
 
 BENCHMARK_CAPTURE(layer_2_8b, inference, pass::inference)->Apply(sizes);
+BENCHMARK(layer_2_8b_cached)->Apply(bench::manual)->ArgName("tokens")->Arg(1);
 BENCHMARK_CAPTURE(layer_2_8b, training, pass::training)->Apply(large_sizes);
 BENCHMARK_CAPTURE(layer_2_8b, backward, pass::backward)->Apply(large_sizes);
 BENCHMARK_CAPTURE(experts_2_8b, inference, false)->Apply(sizes);

@@ -9,6 +9,7 @@
 #include <blackmamba/ops/expert_dispatch/expert_dispatch.hpp>
 #include <blackmamba/ops/router/quantile_balance.hpp>
 #include <blackmamba/ops/router/router.hpp>
+#include <blackmamba/ops/router_dispatch/router_dispatch.hpp>
 #include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
 
 #include "support/cuda_timing.cuh"
@@ -147,6 +148,76 @@ BENCHMARK(route)
     ->Args({1 << 20, 8, 1})
     ->Args({1 << 20, 8, 2})
     ->Args({1 << 18, 64, 2})
+    ->Apply(bench::manual);
+
+// ---- From tokens, or from logits, to the plan. Arguments: tokens, experts, width; steps_us: operator by operator ----
+
+struct planned_tokens {
+  device_tensor<bfloat16, dyn, dyn> x, weight;
+  device_tensor<float, dyn, dyn> logits, gate;
+  device_tensor<std::int32_t, dyn, dyn> expert;
+  device_tensor<std::int64_t, dyn> offsets;
+  device_tensor<std::int32_t, dyn> source, row;
+
+  planned_tokens(std::int64_t tokens, std::int64_t experts, std::int64_t width, int seed)
+      : x(bench::random_tensor<bfloat16>(seed, tokens, width)),
+        weight(bench::random_tensor<bfloat16>(seed + 1, -0.1f, 0.1f, experts, width)),
+        logits(bench::random_tensor<float>(seed + 2, tokens, experts)),
+        gate(bench::poisoned_tensor<float>(tokens, std::int64_t{1})),
+        expert(bench::poisoned_tensor<std::int32_t>(tokens, std::int64_t{1})),
+        offsets(experts + 1),
+        source(tokens),
+        row(tokens) {}
+  router::selection<device::cuda, bfloat16> chosen() const { return {.expert = expert, .gate = gate}; }
+  expert_dispatch::routing<device::cuda> plan() const { return {.offsets = offsets, .source = source, .row = row}; }
+};
+void to_plan(benchmark::State& state, bool from_tokens) {
+  std::int64_t const tokens = state.range(0), experts = state.range(1), width = state.range(2);
+  double const bytes = static_cast<double>(tokens) *
+                       (4.0 * static_cast<double>(experts) + 12 + (from_tokens ? 2.0 * static_cast<double>(width) : 0));
+  auto const sets = rotated(bytes, [&](int i) { return planned_tokens(tokens, experts, width, 3 * i); });
+  auto const fused = [&](device::cuda const& on, planned_tokens const& s) {
+    if (from_tokens)
+      router_dispatch::forward<device::cuda, bfloat16>(on, {.x = s.x, .weight = s.weight},
+                                                       {.logits = s.logits, .chosen = s.chosen(), .plan = s.plan()});
+    else
+      router_dispatch::from_logits<device::cuda, bfloat16>(on, {.logits = s.logits}, s.chosen(), s.plan());
+  };
+  auto const steps = [&](device::cuda const& on, planned_tokens const& s) {
+    if (from_tokens)
+      linear::forward<device::cuda, float, bfloat16>(on, {.x = s.x, .weight = s.weight}, s.logits.as_view());
+    router::forward<device::cuda, bfloat16>(on, {.logits = s.logits}, s.chosen());
+    expert_dispatch::plan(on, s.expert, s.plan());
+  };
+  std::size_t const scratch = std::size_t{64} << 20;
+  double const steps_seconds = bench::seconds_of_call(sets, scratch, steps);
+  bench::measure(state, {.bytes = bytes}, sets, fused, scratch);
+  state.counters["steps_us"] = steps_seconds * 1e6;
+}
+void plan_sizes(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"T", "E", "width"})->Apply(bench::manual);
+  for (std::int64_t tokens : {1, 64, 128, 512, 2048, 8192, 16384, 65536}) b->Args({tokens, 8, 1472});
+  b->Args({1024, 64, 1472});
+}
+BENCHMARK_CAPTURE(to_plan, tokens, true)->Apply(plan_sizes);
+BENCHMARK_CAPTURE(to_plan, logits, false)->Apply(plan_sizes);
+
+void router_product(benchmark::State& state) {
+  std::int64_t const tokens = state.range(0), width = state.range(1);
+  double const bytes = static_cast<double>(tokens) * (2.0 * static_cast<double>(width) + 32);
+  auto const sets = rotated(bytes, [&](int i) { return planned_tokens(tokens, 8, width, 3 * i); });
+  bench::measure(state, {.bytes = bytes}, sets, [](device::cuda const& on, planned_tokens const& s) {
+    linear::forward<device::cuda, float, bfloat16>(on, {.x = s.x, .weight = s.weight}, s.logits.as_view());
+  });
+}
+BENCHMARK(router_product)
+    ->ArgNames({"T", "width"})
+    ->Args({64, 1472})
+    ->Args({512, 1472})
+    ->Args({2048, 1472})
+    ->Args({16384, 768})
+    ->Args({16384, 1472})
+    ->Args({65536, 1472})
     ->Apply(bench::manual);
 
 void quantile(benchmark::State& state) {

@@ -50,6 +50,7 @@
 #include <blackmamba/ops/router/load_bias.hpp>
 #include <blackmamba/ops/router/quantile_balance.hpp>
 #include <blackmamba/ops/router/router.hpp>
+#include <blackmamba/ops/router_dispatch/router_dispatch.hpp>
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
 #include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
 #include <blackmamba/train/corpus.hpp>

@@ -4,6 +4,7 @@
 #include <blackmamba/nn/module.hpp>
 #include <blackmamba/ops/expert_mlp/expert_mlp.hpp>
 #include <blackmamba/ops/router/router.hpp>
+#include <blackmamba/ops/router_dispatch/router_dispatch.hpp>
 
 namespace blackmamba {
 
@@ -107,25 +108,31 @@ struct moe : stateless {
     using A = accum_t<T>;
     auto const tokens = x.extent(0), slots = tokens * k;
     keep.hidden = x;
+    bool const record = c.training || c.observe;
     keep.logits = c.template allocate<A>(tokens, experts);
-    linear::forward<P, A, T>(c.policy, {.x = x, .weight = p.router, .bias = p.router_bias}, keep.logits);
-
-    if (c.training) balance::template before<P, A>(c, keep.logits, p.balance_offset, k, p.report);
     keep.expert = c.template allocate<std::int32_t>(tokens, k);
     keep.gate = c.template allocate<A>(tokens, k);
-    bool const balanced = c.training || balance::at_inference;
-    bool const record = c.training || c.observe;
-    router::forward<P, A>(c.policy, {.logits = keep.logits, .offset = balanced ? p.balance_offset : view<S, A, dyn>{}},
-                          {.expert = keep.expert,
-                           .gate = keep.gate,
-                           .non_finite_rows = record ? p.unrouted : view<S, std::int32_t, dyn>{}},
-                          {.gate = Routing::gate, .beta = balance::beta});
-
     keep.offsets = record ? p.load : c.template allocate<std::int64_t>(experts + 1);
     keep.source = c.template allocate<std::int32_t>(slots);
     keep.row = c.template allocate<std::int32_t>(slots);
     std::int64_t const capacity = (slots * Routing::capacity_percent + 100 * experts - 1) / (100 * experts);
-    expert_dispatch::plan(c.policy, keep.expert, routing<P>(keep), capacity);
+    router::selection<home<P>, A> const chosen{.expert = keep.expert,
+                                               .gate = keep.gate,
+                                               .non_finite_rows = record ? p.unrouted : view<S, std::int32_t, dyn>{}};
+    router::options const how{.gate = Routing::gate, .beta = balance::beta};
+    auto const offset = c.training || balance::at_inference ? p.balance_offset : view<S, A, dyn>{};
+    if (c.training) {
+      linear::forward<P, A, T>(c.policy, {.x = x, .weight = p.router, .bias = p.router_bias}, keep.logits);
+      balance::template before<P, A>(c, keep.logits, p.balance_offset, k, p.report);
+      router_dispatch::from_logits<P, A>(c.policy, {.logits = keep.logits, .offset = offset}, chosen, routing<P>(keep),
+                                         how, capacity);
+    } else {
+      router_dispatch::forward<P, T>(c.policy, {.x = x, .weight = p.router, .bias = p.router_bias, .offset = offset},
+                                     {.logits = keep.logits,
+                                      .chosen = {chosen.expert, chosen.gate, chosen.non_finite_rows},
+                                      .plan = routing<P>(keep)},
+                                     how, capacity);
+    }
     if (c.training) balance::template after<P, A>(c, routing<P>(keep), p.balance_offset, k);
 
     if (c.training) {

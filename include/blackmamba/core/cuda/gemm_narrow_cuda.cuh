@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
-/// C = A B^T of 16-bit operands where A has few rows: reading B is all there is to do. A decoding step streams its
-/// weights past a few tokens (with groups: those of the experts that have any).
+/// C = A B^T of 16-bit operands where A or B has few rows: reading the other is all there is to do. A decoding step
+/// streams its weights past a few tokens (with groups: those of the experts that have any); a router has few outputs.
 ///
 /// The rows of both operands go from memory to matrix fragments directly: a lane reads 16 bytes of a row, which hold
 /// its elements for two products of depth 16. That takes the depth in another order than stored, the same in both
@@ -21,7 +21,7 @@ namespace narrow {
 
 inline constexpr int tile = 16;     // rows of the operand that has many
 inline constexpr int depth = 32;    // of a step
-inline constexpr int unrolled = 4;  // steps whose loads are under way together
+inline constexpr int unrolled = 4;  // steps whose loads are under way together: the usual number
 template <class Result>
 inline constexpr int result_columns = is_gated<Result> ? tile / 2 : tile;  // of C, for a tile
 
@@ -58,7 +58,7 @@ struct eight_rows {
 
 /// sum[j] (16, 8) += eight rows and eight more times rows [8 j, 8 j + 8) of `few`, over the steps first,
 /// first + every, ... of the depth; k is a multiple of 8.
-template <class T, int Across>
+template <class T, int Across, int Unrolled = unrolled>
 __device__ __forceinline__ void add_steps(float (&sum)[Across][4], eight_rows<T> front_rows, eight_rows<T> back_rows,
                                           std::int64_t many_stride, T const* few, std::int64_t few_stride,
                                           std::int64_t few_rows, std::int64_t k, int first, int every) {
@@ -66,10 +66,10 @@ __device__ __forceinline__ void add_steps(float (&sum)[Across][4], eight_rows<T>
   bool const low = r < front_rows.left, high = r < back_rows.left;
   T const* const low_row = front_rows.first + (low ? r : 0) * many_stride + at;
   T const* const high_row = (high ? back_rows.first + r * many_stride : front_rows.first) + at;
-  for (std::int64_t p = std::int64_t{first} * depth; p < k; p += std::int64_t{every} * depth * unrolled) {
-    uint4 a[unrolled][2], b[unrolled][Across];
+  for (std::int64_t p = std::int64_t{first} * depth; p < k; p += std::int64_t{every} * depth * Unrolled) {
+    uint4 a[Unrolled][2], b[Unrolled][Across];
 #pragma unroll
-    for (int u = 0; u < unrolled; ++u) {
+    for (int u = 0; u < Unrolled; ++u) {
       std::int64_t const q = p + u * every * depth;
       bool const inside = q + at < k;
       a[u][0] = stream_chunk(low_row + q, inside && low);
@@ -81,7 +81,7 @@ __device__ __forceinline__ void add_steps(float (&sum)[Across][4], eight_rows<T>
       }
     }
 #pragma unroll
-    for (int u = 0; u < unrolled; ++u)
+    for (int u = 0; u < Unrolled; ++u)
 #pragma unroll
       for (int j = 0; j < Across; ++j) {
         if (8 * j >= few_rows) break;
@@ -93,7 +93,47 @@ __device__ __forceinline__ void add_steps(float (&sum)[Across][4], eight_rows<T>
   }
 }
 
+/// Partial sums of a block's eight warps, which share the depth.
+struct parts {
+  static constexpr int warps = 8;
+  float part[warps][tile][8 + 1];
+};
+/// Sixteen rows, of which `left` exist, times eight of `few`, by a block of 256 threads. A barrier stands at the end.
+template <class T>
+__device__ __forceinline__ void sixteen_rows_by_few(parts& to, T const* many, std::int64_t many_stride,
+                                                    std::int64_t left, T const* few, std::int64_t few_stride,
+                                                    std::int64_t few_rows, std::int64_t k) {
+  int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  float sum[1][4] = {};
+  add_steps<T, 1, 6>(sum, {many, left}, {many + 8 * many_stride, left - 8}, many_stride, few, few_stride, few_rows, k,
+                  warp, parts::warps);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) to.part[warp][lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2] = sum[0][e];
+  __syncthreads();
+}
+/// Element (i, j) of the product: the warps' parts in order, from `first` on.
+__device__ __forceinline__ float total(parts const& of, int i, int j, float first) {
+#pragma unroll
+  for (int w = 0; w < parts::warps; ++w) first += of.part[w][i][j];
+  return first;
+}
+
 }  // namespace narrow
+
+/// Many rows of A, at most eight of B: a block has 16 rows of A, which it reads once.
+template <class T, class TC>
+__global__ void __launch_bounds__(256) narrow_columns_product(product<T, T, TC> x) {
+  __shared__ narrow::parts parts;
+  wait_for_launch_ahead();
+  let_next_launch_begin();
+  std::int64_t const row = std::int64_t{blockIdx.x} * narrow::tile, left = x.m - row;
+  narrow::sixteen_rows_by_few<T>(parts, x.a + row * x.lda, x.lda, left, x.b, x.ldb, x.n, x.k);
+  int const i = static_cast<int>(threadIdx.x) / 8, j = static_cast<int>(threadIdx.x) % 8;
+  if (i >= narrow::tile || i >= left || j >= x.n) return;
+  float const s = narrow::total(parts, i, j, x.bias ? x.bias[j] : 0.0f);
+  TC* const c = x.c + (row + i) * x.ldc + j;
+  *c = convert<TC>(x.mode == update::accumulate ? s + convert<float>(*c) : s);
+}
 
 /// Few rows of A (of each group), many of B: a block has 16 rows of B, its eight warps share the depth, and their sums
 /// are added in order. More rows of A than 8 Across go by turns. Result: as_is or gated_units.
@@ -161,6 +201,11 @@ bool narrow_product(char const* op, device::cuda const& policy, product<T, T, TC
     launch(op, policy, shape, kernel, x, static_cast<unsigned>(tiles));
     return true;
   }
+  if constexpr (std::is_same_v<Result, as_is>)
+    if (!grouped && x.n <= 8) {
+      launch(op, policy, {blocks_for(x.m, narrow::tile), 256}, narrow_columns_product<T, TC>, x);
+      return true;
+    }
   return false;
 }
 

@@ -92,10 +92,10 @@ struct router_forward_arguments {
   router_tile tile;
 };
 
-/// Routes the row whose logits are logit(j); returns whether it goes nowhere.
-template <class A, class Logit>
+/// Routes the row whose logits are logit(j), and tells its experts to tell(a, expert); returns whether it goes nowhere.
+template <class A, class Logit, class Tell>
 __device__ __forceinline__ bool router_row(router_forward_arguments<A> const& p, std::int64_t r, std::int64_t experts,
-                                           Logit&& logit) {
+                                           Logit&& logit, Tell&& tell) {
   std::int32_t* const expert = p.expert + r * p.expert_stride;
   A* const gate = p.gate + r * p.gate_stride;
   if (!(math::finite_test<A>(experts, logit) == A(0))) {
@@ -112,7 +112,9 @@ __device__ __forceinline__ bool router_row(router_forward_arguments<A> const& p,
   A largest = A(-INFINITY), sum = 0;
   for (int a = 0; a < p.k; ++a) {
     choice = math::next_choice(choice, experts, p.beta, logit, offset);
-    expert[a] = static_cast<std::int32_t>(choice.expert);
+    auto const e = static_cast<std::int32_t>(choice.expert);
+    expert[a] = e;
+    tell(a, e);
     if (p.gate_rule == gate_function::sigmoid)
       gate[a] = math::sigmoid(choice.logit);
     else if (p.gate_rule == gate_function::softmax)
@@ -125,6 +127,12 @@ __device__ __forceinline__ bool router_row(router_forward_arguments<A> const& p,
     for (int a = 0; a < p.k; ++a) gate[a] /= sum;
   }
   return false;
+}
+
+template <class A, class Logit>
+__device__ __forceinline__ bool router_row(router_forward_arguments<A> const& p, std::int64_t r, std::int64_t experts,
+                                           Logit&& logit) {
+  return router_row(p, r, experts, logit, [](int, std::int32_t) {});
 }
 
 /// Experts is 8, the usual number, where the rows are two packs of four: they stay in registers. Else 0.
