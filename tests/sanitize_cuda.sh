@@ -7,7 +7,7 @@
 #   initcheck   without the products whose stores the tool does not see: they leave through the copy engine
 #   guard       no tool: bands around every block are looked at when it is given back
 #
-# The programs of large/ run the kernels of the others over gigabytes: under memcheck alone, to which sizes matter.
+# The programs of large sizes run the kernels of the others over gigabytes: under memcheck alone, to which sizes matter.
 #
 # Under a tool a program runs 10 to 1000 times longer: it is given a few of the random problems
 # (BLACKMAMBA_TEST_TRIALS_PERCENT).
@@ -70,7 +70,7 @@ if ((${#chosen[@]} == 0)); then echo "no test program of the GPU in ${PROGRAMS:-
 runs=()
 for tool in racecheck memcheck initcheck synccheck guard; do
   for program in "${chosen[@]}"; do
-    if [[ $program == *test_large_* && $tool != memcheck ]]; then continue; fi
+    if [[ $program == *_large_* && $tool != memcheck ]]; then continue; fi
     runs+=("$tool" "$program")
   done
 done

@@ -226,7 +226,7 @@ std::vector<load> const loads = {{{3}, 0},
 }  // namespace
 
 TEST_CASE_TEMPLATE("expert_mlp: equals its definition for every load and type", T, STORAGE_TYPES) {
-  for (auto const& l : loads) {
+  for (auto const& l : test::sizes(loads)) {
     auto const expert = shuffled(l.counts, l.without);
     auto const experts = static_cast<std::int64_t>(l.counts.size());
     check_forward<swiglu, T>(problem::make<swiglu, T>(expert, experts, 1, 40, 24));
@@ -236,7 +236,8 @@ TEST_CASE_TEMPLATE("expert_mlp: equals its definition for every load and type", 
     if (expert.size() % 2 == 0) check_forward<swiglu, T>(problem::make<swiglu, T>(expert, experts, 2, 40, 16, true));
   }
   // So few tokens that one launch may take them, with and without a common expert.
-  for (test::values const& expert : {test::values{2}, {1, 1}, {3, 0, 3}, {0, -1, 2, 2}, {1, 1, 1, 1}, {-1}}) {
+  for (test::values const& expert :
+       test::sizes<test::values>({{2}, {1, 1}, {3, 0, 3}, {0, -1, 2, 2}, {1, 1, 1, 1}, {-1}})) {
     check_forward<swiglu, T>(problem::make<swiglu, T>(expert, 4, 1, 296, 136, true));
     check_forward<geglu, T>(problem::make<geglu, T>(expert, 40, 1, 1600, 24));
     check_forward<swiglu, T>(problem::make<swiglu, T>(expert, 4, 1, 8, 4104));

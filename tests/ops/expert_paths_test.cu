@@ -67,7 +67,7 @@ std::vector<test::values> run_experts(std::vector<std::int64_t> const& counts, s
 
 TEST_CASE_TEMPLATE("expert_mlp: the paths of different devices agree", T, bfloat16, blackmamba::half) {
   for (std::vector<std::int64_t> const& counts :
-       {std::vector<std::int64_t>{700, 0, 1, 799}, {64, 127, 256}, {1100}, std::vector<std::int64_t>(8, 250)})
+       test::sizes<std::vector<std::int64_t>>({{700, 0, 1, 799}, {64, 127, 256}, {1100}, {250, 250, 250, 250}}))
     for (std::int64_t inner : {136, 520, 1024}) {
       std::int64_t const width = 1608 - inner;
       std::vector<test::values> here, there;
@@ -109,5 +109,5 @@ TEST_CASE("grouped_linear: tiles that follow each other closely leave each other
         expected[static_cast<std::size_t>((e * outputs + o) * width + i)] =
             gradients[static_cast<std::size_t>(e * outputs + o)] * rows[static_cast<std::size_t>(e * width + i)];
   test::check_equal(first, expected, "d_weight");  // products of 8 bits by 8 bits
-  for (int i = 0; i < 10; ++i) test::check_equal(run(), first, "d_weight again");
+  for (std::uint64_t i = 0; i < test::trials(10); ++i) test::check_equal(run(), first, "d_weight again");
 }

@@ -165,7 +165,7 @@ std::vector<counts> const patterns = {{},
 
 TEST_CASE_TEMPLATE("grouped_linear: equals its definition for every pattern of groups and type", T, STORAGE_TYPES) {
   using A = accum_t<T>;
-  for (auto const& count : patterns)
+  for (auto const& count : test::sizes(patterns))
     for (std::int64_t width : test::sizes({0, 1, 17, 40}))
       for (std::int64_t outputs : test::sizes({0, 1, 16, 51}))
         for (std::int64_t spare : {0, 3})
@@ -183,7 +183,7 @@ TEST_CASE_TEMPLATE("grouped_linear: equals its definition for every pattern of g
 TEST_CASE_TEMPLATE("grouped_linear: gradients equal their definition for every pattern of groups and type", T,
                    STORAGE_TYPES) {
   using A = accum_t<T>;
-  for (auto const& count : patterns)
+  for (auto const& count : test::sizes(patterns))
     for (std::int64_t width : {0, 1, 19})
       for (std::int64_t outputs : {0, 1, 33})
         for (std::int64_t spare : {0, 3}) {
@@ -195,7 +195,7 @@ TEST_CASE_TEMPLATE("grouped_linear: gradients equal their definition for every p
 
 TEST_CASE_TEMPLATE("grouped_linear: equals its definition where rows are aligned, over several tiles", T, bfloat16,
                    blackmamba::half) {
-  for (auto const& count : patterns) {
+  for (auto const& count : test::sizes(patterns)) {
     auto const p = problem::make<T>(count, 72, 136, 3);
     test::check_sums<T>(run<T>(p), reference<T>(p), p.width + 1, name_of(p));
     test::check_sums<float>(run<T, float>(p), reference<float>(p), p.width + 1, name_of(p));

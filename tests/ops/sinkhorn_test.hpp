@@ -152,6 +152,7 @@ TEST_CASE_TEMPLATE("sinkhorn: reaches the tolerance at every size and spread, an
     for (std::int64_t experts : test::sizes({1, 2, 3, 8, 17, 64, 100})) {
       if (rows * experts > 80000) continue;
       for (double spread : {0.3, 1.0, 4.0}) {
+        if (spread < 4 && test::trials_percent() < 10) continue;
         auto p = normal_in<A>(rows, experts, spread, spread);
         auto const r = run<A>(p);
         CAPTURE(rows);

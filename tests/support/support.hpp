@@ -71,10 +71,13 @@ inline std::uint64_t trials(std::uint64_t all) { return (all * trials_percent() 
 /// The sizes of a loop: all of them; of four and more the first, the middle one and the last where less than a tenth of
 /// the problems is asked for.
 template <class T>
+std::vector<T> sizes(std::vector<T> const& all) {
+  if (trials_percent() >= 10 || all.size() < 4) return all;
+  return {all.front(), all[all.size() / 2], all.back()};
+}
+template <class T>
 std::vector<T> sizes(std::initializer_list<T> all) {
-  std::vector<T> const v = all;
-  if (trials_percent() >= 10 || v.size() < 4) return v;
-  return {v.front(), v[v.size() / 2], v.back()};
+  return sizes(std::vector<T>(all));
 }
 
 /// The values as T in the policy's memory.
