@@ -183,7 +183,7 @@ inline void check_equal(values const& actual, values const& expected, std::strin
 inline void check_gradient(std::function<double(values const&)> const& loss, values const& x, values const& gradient,
                            std::string const& what, double tolerance = 1e-7, double step = 1e-3) {
   REQUIRE_MESSAGE(gradient.size() == x.size(), what);
-  std::size_t const chosen = std::min<std::size_t>(x.size(), std::max<std::uint64_t>(8, trials(x.size())));
+  auto const chosen = std::min<std::size_t>(x.size(), std::max<std::uint64_t>(8, trials(x.size())));
   values numeric(chosen);
   values analytic(chosen);
   values moved = x;
