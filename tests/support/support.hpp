@@ -178,8 +178,8 @@ inline void check_equal(values const& actual, values const& expected, std::strin
                               << (equal ? 0 : *differs.first) << ", expected " << (equal ? 0 : *differs.second));
 }
 
-/// Checks d(loss)/d(x) against central differences of loss(x) in double: 4th-order stencil, every coordinate, or where a
-/// share of the problems is asked for such a share of them, at least 8.
+/// Checks d(loss)/d(x) against central differences of loss(x) in double: 4th-order stencil, every coordinate; of less
+/// than all problems (trials) the same share of them, at least 8.
 inline void check_gradient(std::function<double(values const&)> const& loss, values const& x, values const& gradient,
                            std::string const& what, double tolerance = 1e-7, double step = 1e-3) {
   REQUIRE_MESSAGE(gradient.size() == x.size(), what);
