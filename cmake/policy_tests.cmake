@@ -56,6 +56,10 @@ function(blackmamba_add_test name source)
   target_link_libraries(${target} PRIVATE blackmamba_test_main)
   if(source MATCHES "\\.cu$")
     target_link_libraries(${target} PRIVATE blackmamba::cuda)
+    # Every operator at every type: also as the oldest GPU takes it.
+    if(blackmamba_cuda_compiled_only AND name MATCHES "^ops\\.")
+      set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "80-virtual;90a-virtual")
+    endif()
   endif()
   # With sanitizers, what composes operators (models, training, generation) and what reads golden files takes a minute to
   # optimise and a second to run.
