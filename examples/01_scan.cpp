@@ -1,5 +1,5 @@
 /// Scans: what every prefix of a sequence amounts to. First with an operator of our own, then the recurrence that
-/// state-space layers are made of, forward and backward.
+/// state-space layers are made of, both forward and backward.
 #include <blackmamba/core/tensor.hpp>
 #include <blackmamba/ops/associative_scan/associative_scan.hpp>
 #include <blackmamba/ops/associative_scan/first_order_recurrence.hpp>
@@ -22,6 +22,20 @@ struct join {
     return {std::min(a.lowest, b.lowest), std::max(a.highest, b.highest),
             std::max({a.gain, b.gain, b.highest - a.lowest})};
   }
+  /// For backward: gradients of a and b from that of join(a, b). Elements consist of floats.
+  using scalar = float;
+  scan_gradient<trade> backward(trade a, trade b, trade d) const {
+    trade d_a{}, d_b{};
+    (a.lowest <= b.lowest ? d_a : d_b).lowest = d.lowest;
+    (a.highest >= b.highest ? d_a : d_b).highest = d.highest;
+    if (b.highest - a.lowest >= std::max(a.gain, b.gain)) {
+      d_b.highest += d.gain;
+      d_a.lowest -= d.gain;
+    } else {
+      (a.gain >= b.gain ? d_a : d_b).gain = d.gain;
+    }
+    return {d_a, d_b};
+  }
   static trade identity() {
     float const infinity = std::numeric_limits<float>::infinity();
     return {infinity, -infinity, 0};
@@ -41,9 +55,16 @@ int main() {
   // In reverse, what comes later is visited first, and the operator's arguments change places.
   associative_scan::forward(cpu, scan_operator::exchanged{join{}}, day, to_come, {.reverse = true});
 
-  std::printf("day  price  best trade so far  still to come\n");
+  // Backward: which prices the best trade of all depends on. Its gain is the total's, nothing else is wanted.
+  auto const d_so_far = zeros<trade>(cpu, 1, days), d_day = zeros<trade>(cpu, 1, days);
+  auto const d_total = zeros<trade>(cpu, 1);
+  d_total(0).gain = 1;
+  associative_scan::backward(cpu, join{}, {.x = day, .y = so_far, .d_y = d_so_far, .d_total = d_total}, d_day);
+
+  std::printf("day  price  best trade so far  still to come  d best / d price\n");
   for (int t = 0; t < days; ++t)
-    std::printf("%3d  %5.0f  %17.0f  %13.0f\n", t, prices[t], so_far(0, t).gain, to_come(0, t).gain);
+    std::printf("%3d  %5.0f  %17.0f  %13.0f  %16.0f\n", t, prices[t], so_far(0, t).gain, to_come(0, t).gain,
+                d_day(0, t).lowest + d_day(0, t).highest);
 
   // 2. h_t = a_t h_{t-1} + b_t, along L of (B, L, D): two channels that see the same pulse. a_t is what is kept.
   int const length = 12;

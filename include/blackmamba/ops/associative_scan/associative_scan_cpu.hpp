@@ -2,7 +2,9 @@
 #include <blackmamba/ops/associative_scan/associative_scan.hpp>
 #include <blackmamba/ops/associative_scan/scan_blocks_cpu.hpp>
 
+#include <algorithm>
 #include <array>
+#include <cstdint>
 
 namespace blackmamba {
 
@@ -44,7 +46,55 @@ struct backend<associative_scan, device::cpu> {
                    cpu::scan::channel_kernel<rule_type>{rule, channels});
   }
 
+  /// A pass of the gradient over each step and channel of each sequence.
+  template <class Work>
+  static void backward(device::cpu const& policy, Work const& work) {
+    std::int64_t const channels = work.y.extent(2);
+    cpu::sequences const list("associative_scan.backward", work.y.extent(0), work.y.extent(1), work.cu_seqlens,
+                              std::max<std::int64_t>(1, 4096 / channels));
+    cpu::parallel_for(policy.threads, list.blocks(), 1, [&](std::int64_t begin, std::int64_t end) {
+      list.blocks_in(begin, end, [&](block const& b) {
+        if (b.of.length == 0)
+          for (std::int64_t d = 0; d < channels; ++d) work.empty(b.of, d);
+        else
+          work.exclusive ? gradient_block<true>(work, b, channels) : gradient_block<false>(work, b, channels);
+      });
+    });
+  }
+
+  template <class Operator, class X, class Y, class E>
+  static void step(device::cpu const& policy, Operator const& op, host_view<X const, dyn, dyn> x,
+                   host_view<E, dyn, dyn> state, host_view<Y, dyn, dyn> y) {
+    std::int64_t const channels = y.extent(1);
+    cpu::parallel_for(policy.threads, y.extent(0), std::max<std::int64_t>(1, 4096 / channels),
+                      [&](std::int64_t begin, std::int64_t end) {
+                        for (std::int64_t b = begin; b < end; ++b)
+                          for (std::int64_t d = 0; d < channels; ++d) {
+                            E const next = op(state(b, d), converted<E>(x(b, d)));
+                            state(b, d) = next;
+                            y(b, d) = converted<Y>(next);
+                          }
+                      });
+  }
+
  private:
+  /// The first step and the last ask questions, those between do not.
+  template <bool Exclusive, class Work>
+  static void gradient_block(Work const& work, block const& b, std::int64_t channels) {
+    auto const steps = work.at(b.of);
+    auto const all = [&]<bool Edge>(std::bool_constant<Edge>, std::int64_t begin, std::int64_t end) {
+      if (channels == 1)
+        for (std::int64_t j = begin; j < end; ++j) work.step(b.of, steps, j, 0, Exclusive, Edge);
+      else
+        for (std::int64_t j = begin; j < end; ++j)
+          for (std::int64_t d = 0; d < channels; ++d) work.step(b.of, steps, j, d, Exclusive, Edge);
+    };
+    std::int64_t const last = b.of.length - 1, inner = std::max<std::int64_t>(b.begin, 1);
+    if (b.first()) all(std::true_type{}, 0, 1);
+    all(std::false_type{}, inner, std::min(b.end, last));
+    if (b.last() && last > 0) all(std::true_type{}, last, b.end);
+  }
+
   template <class Operator, class E, class X, class Y>
   static constexpr bool vectorised = [] {
     if constexpr (requires { Operator::lane_wise; })

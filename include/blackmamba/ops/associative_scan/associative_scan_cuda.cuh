@@ -9,7 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
-/// Kernels, for each operator and pair of types that are read and written: scan_rows, or scan_channels for (B, L, D).
+/// Kernels, for each operator and pair of types that are read and written: scan_rows, or scan_channels for (B, L, D);
+/// backward: scan_gradient_pass twice, and what scans the maps; associative_scan_step.
 /// The operator's functions are called on the device: declare them __host__ __device__ (BLACKMAMBA_HD).
 namespace blackmamba::cuda::detail {
 
@@ -200,6 +201,38 @@ struct associative_channels : associative_rule<Operator, E> {
   }
 };
 
+/// A pass of the gradient: 256 threads take a tile of a sequence's steps and 2^channel_shift channels, 1024 elements.
+inline constexpr int gradient_tile_shift = 10;
+template <class Work>
+__global__ void __launch_bounds__(256)
+    scan_gradient_pass(Work work, sequences list, int channel_shift, std::int64_t channel_tiles) {
+  std::int64_t const tile = blockIdx.x, channels = work.y.extent(2);
+  std::int64_t const first = tile % channel_tiles << channel_shift;
+  sequences::block b;
+  if (!list.find(tile / channel_tiles, b)) return;
+  auto const steps = work.at(b);
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < 1 << gradient_tile_shift; i += 256) {
+    std::int64_t const j = b.begin + (i >> channel_shift), d = first + (i & ((1 << channel_shift) - 1));
+    if (j < b.end && d < channels) work.step(b, steps, j, d, work.exclusive, true);
+  }
+  if (b.length == 0)
+    for (std::int64_t d = first + threadIdx.x; d < channels && d < first + (1 << channel_shift); d += 256)
+      work.empty(b, d);
+}
+
+template <class Operator, class X, class Y, class E>
+__global__ void __launch_bounds__(256)
+    associative_scan_step(Operator op, view<space::device, X const, dyn, dyn> x, view<space::device, E, dyn, dyn> state,
+                          view<space::device, Y, dyn, dyn> y) {
+  std::int64_t const i = std::int64_t{blockIdx.x} * 256 + threadIdx.x;
+  std::int64_t const row = i / y.extent(1), d = i % y.extent(1);
+  if (row >= y.extent(0)) return;
+  E const next = op(state.row(row)[d], scan_converted<E>(x.row(row)[d]));
+  state.row(row)[d] = next;
+  y.row(row)[d] = scan_converted<Y>(next);
+}
+
 }  // namespace blackmamba::cuda::detail
 
 namespace blackmamba {
@@ -223,6 +256,25 @@ struct backend<associative_scan, device::cuda> {
     cuda::detail::associative_channels<Operator, E, X, Y> const rule{{op}, x, y, how};
     cuda::detail::launch_scan_channels("associative_scan", policy, rule, y.extent(0), y.extent(1), y.extent(2),
                                        how.cu_seqlens, carries, ready);
+  }
+
+  /// A pass of the gradient over each step and channel of each sequence.
+  template <class Work>
+  static void backward(device::cuda const& policy, Work const& work) {
+    std::int64_t const channels = work.y.extent(2);
+    int const channel_shift = std::min(5, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(channels - 1))));
+    cuda::sequences const list(work.y.extent(0), work.y.extent(1), work.cu_seqlens,
+                               cuda::detail::gradient_tile_shift - channel_shift);
+    std::int64_t const channel_tiles = ((channels - 1) >> channel_shift) + 1;
+    cuda::launch("associative_scan.backward", policy, {cuda::blocks_for(list.blocks() * channel_tiles, 1), 256},
+                 cuda::detail::scan_gradient_pass<Work>, work, list, channel_shift, channel_tiles);
+  }
+
+  template <class Operator, class X, class Y, class E>
+  static void step(device::cuda const& policy, Operator const& op, view<space::device, X const, dyn, dyn> x,
+                   view<space::device, E, dyn, dyn> state, view<space::device, Y, dyn, dyn> y) {
+    cuda::launch("associative_scan.step", policy, {cuda::blocks_for(y.size(), 256), 256},
+                 cuda::detail::associative_scan_step<Operator, X, Y, E>, op, x, state, y);
   }
 };
 
