@@ -30,9 +30,9 @@ namespace blackmamba {
 /// training keeps the state at the beginning of every chunk_length steps (checkpoints), and backward runs each chunk
 /// again. Bitwise repeatable, independent of the number of threads and of the other sequences. Asynchronous on cuda;
 /// there, long sequences are cut where batch and channels are few, by their sizes alone: in forward from 512 steps on
-/// (selective_scan_tuning.hpp), in backward from about 225, or 768 in a row of packed ones
-/// (selective_scan_backward_tuning.hpp). Calls that are cut differently agree to rounding. There, L is less than 2^31,
-/// and fewer than 2^32 bytes lie between two steps of a tensor.
+/// (selective_scan_tuning.hpp; with 16 bits and sixteen states fewer are where rows lie in packs of eight), in backward
+/// from about 225, or 768 in a row of packed ones (selective_scan_backward_tuning.hpp). Calls that are cut differently
+/// agree to rounding. There, L is less than 2^31, and fewer than 2^32 bytes lie between two steps of a tensor.
 struct selective_scan {
   /// u, delta, z, B, C may be slices of wider tensors.
   template <device_policy P, storage T, int N>

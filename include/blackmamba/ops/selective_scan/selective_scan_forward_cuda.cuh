@@ -387,17 +387,17 @@ void selective_scan_forward(device::cuda const& policy, selective_scan::inputs<d
     bool const in_packs = rows_in_packs<8>(in.u) && rows_in_packs<8>(in.delta) && rows_in_packs<8>(in.z) &&
                           rows_in_packs<4>(in.B) && rows_in_packs<4>(in.C) && rows_in_packs<2>(y);
     if (in_packs) {
-      auto const run = [&]<bool Outputs>(std::bool_constant<Outputs>) {
-        if (plan.narrow)
-          launch_scan_roles<T, 1, 32, Outputs>(policy, in, y, keep, work, numbering);
-        else
-          launch_scan_roles<T, 2, 16, Outputs>(policy, in, y, keep, work, numbering);
-      };
+      bool const whole = plan.whole && (!packed || selective_scan_tuning::plan_forward(N, length, channels, 1).whole);
+      if (plan.narrow || whole) {
+        auto uncut = numbering;
+        uncut.segment = 0;
+        return launch_scan_roles<T, 1, 32, true>(policy, in, y, keep, work, uncut);
+      }
       if (numbering.segment != 0) {
-        run(std::false_type{});
+        launch_scan_roles<T, 2, 16, false>(policy, in, y, keep, work, numbering);
         carry_states(policy, in, y.extent(2), work, numbering);
       }
-      return run(std::true_type{});
+      return launch_scan_roles<T, 2, 16, true>(policy, in, y, keep, work, numbering);
     }
   }
   bool const pairs =

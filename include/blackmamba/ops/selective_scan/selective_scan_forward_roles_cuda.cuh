@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 /// The forward scan with two kinds of warps, for types of 16 bits, sixteen states and rows in packs of eight. Four
 /// warps of a block are movers: lanes as in scan_forward, four for each channel, and nothing but the recurrence. The
@@ -36,7 +37,10 @@ struct scan_roles {
   static constexpr int sums = times + 2 * time;  ///< (2; Tile, 4 warps, Pair, 32)  C . h of each lane's states
   static constexpr int B = sums + 2 * sum;       ///< (2; Tile, N)
   static constexpr int C = B + 2 * projection;   ///< (2; Tile, N)
-  static constexpr int inputs = C + 2 * projection;
+  /// With one channel for each lane, shared memory would be the bound: B and C stay as T there, four entries of each
+  /// side by side, and movers widen them.
+  static constexpr bool narrow = Pair == 1;
+  static constexpr int inputs = narrow ? C : C + 2 * projection;
   static constexpr int rows = Tile * channels, u = 0, delta = u + 4 * rows, z = delta + 2 * rows;
   static constexpr std::size_t bytes = inputs * sizeof(A) + std::size_t{z + 2 * rows} * sizeof(T);
   static_assert(sizeof(T) == 2 && helpers % pairs == 0 && Tile * N / 4 <= helpers && Tile * parts == helpers &&
@@ -103,16 +107,28 @@ __global__ void __launch_bounds__(256, 3)
       A const* const B = shared + shape::B + (k & 1) * shape::projection + lane * Q;
       A const* const C = shared + shape::C + (k & 1) * shape::projection + lane * Q;
       A* const sums = shared + shape::sums + (k & 1) * shape::sum + thread / 32 * (32 * Pair) + thread % 32;
+      using entries = std::conditional_t<shape::narrow, raw_pack<T, Q>, pack<A, Q>>;
       struct step_inputs {
         pack<A, 2 * Pair> time;
-        pack<A, Q> b, c;
+        entries b, c;
       };
       auto const load = [&](int i) {
         step_inputs x;
         x.time = load_pack<2 * Pair>(times_of + i * (2 * shape::channels));
-        x.b = load_pack<Q>(B + i * N);
-        if (Outputs) x.c = load_pack<Q>(C + i * N);
+        if constexpr (shape::narrow) {
+          uint4 const both = *reinterpret_cast<uint4 const*>(B + i * N);
+          x.b.w[0] = {both.x, both.y}, x.c.w[0] = {both.z, both.w};
+        } else {
+          x.b = load_pack<Q>(B + i * N);
+          if (Outputs) x.c = load_pack<Q>(C + i * N);
+        }
         return x;
+      };
+      auto const wide = [](entries const& x) {
+        if constexpr (shape::narrow)
+          return x.widened();
+        else
+          return x;
       };
       A decay[Pair][Q];
       auto const make_decays = [&](step_inputs const& from) {
@@ -132,14 +148,15 @@ __global__ void __launch_bounds__(256, 3)
       for (int i = 0; i < Tile; ++i) {
         auto const now = x[i % ahead];
         if (i + ahead < Tile) x[i % ahead] = load(i + ahead);
+        pack<A, Q> const b = wide(now.b), c = wide(now.c);
 #pragma unroll
         for (int j = 0; j < Pair; ++j) {
           A sum{};
 #pragma unroll
           for (int q = 0; q < Q; ++q) {
             A& h = state[j].h[q];
-            h = math::fma(decay[j][q], h, times(now.time[2 * j + 1], now.b[q]));
-            if (Outputs) sum = q == 0 ? times(now.c[q], h) : math::fma(now.c[q], h, sum);
+            h = math::fma(decay[j][q], h, times(now.time[2 * j + 1], b[q]));
+            if (Outputs) sum = q == 0 ? times(c[q], h) : math::fma(c[q], h, sum);
           }
           if (Outputs) sums[i * (4 * shape::channels) + j * 32] = sum;
         }
@@ -227,6 +244,12 @@ __global__ void __launch_bounds__(256, 3)
       store_pack<4>(to + t * (2 * shape::channels), out);
     }
     if (!projects) return;
+    if constexpr (shape::narrow) {
+      static_assert(Tile * N / 4 == shape::helpers);
+      *reinterpret_cast<uint4*>(shared + shape::B + (k & 1) * shape::projection + helper * 4) = {
+          coming.b.x, coming.b.y, coming.c.x, coming.c.y};
+      return;
+    }
     put_projection(coming.b, shared + shape::B + (k & 1) * shape::projection);
     if (Outputs) put_projection(coming.c, shared + shape::C + (k & 1) * shape::projection);
   };

@@ -18,6 +18,9 @@ struct forward_plan {
   int lanes = 1;
   bool narrow = false;       ///< one channel for each lane in place of two, where sixteen states allow the choice
   std::int64_t segment = 0;  ///< steps after which a sequence is cut, to run its pieces side by side; 0: uncut
+  /// Whether scan_forward_roles, where it takes the call, leaves sequences whole all the same, narrow. For packed ones
+  /// the plan of one sequence must say so too: the longest of them may be nearly all.
+  bool whole = false;
 };
 
 /// Lanes for N states.
@@ -35,6 +38,9 @@ constexpr forward_plan plan_forward(int states, std::int64_t length, std::int64_
     std::int64_t const pieces = std::min<std::int64_t>(396 / std::max<std::int64_t>(blocks, 1), length / 64);
     plan.segment = (length / pieces + 31) / 32 * 32;
   }
+  // A narrow block alone on its multiprocessor takes 66 clocks for a step. Pieces, which take a second pass and two
+  // launches more, take as many where there are 92 narrow blocks, fewer where there are fewer, and 7 us in any case.
+  if (states == 16 && plan.segment != 0) plan.whole = length * (92 - sequences * ((channels + 31) / 32)) < 19000;
   // Between one and two such blocks on each, twice as many of half the channels are spread more evenly.
   plan.narrow = states == 16 && plan.segment == 0 && blocks >= 132 && blocks < 264;
   return plan;
