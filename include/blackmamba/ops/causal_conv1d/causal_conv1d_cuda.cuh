@@ -404,14 +404,26 @@ __global__ void __launch_bounds__(128)
   column_type c;
   c.read_taps(in, channel);
   bool const silu = in.silu;
-  for (std::int64_t b = first; b < min(first + rows, batch); ++b) {
-    std::int64_t const slot = slot_of(in.slots, b, state.extent(0));
-    if (slot < 0) continue;
+  struct token {
+    std::int64_t slot;
     typename column_type::raw window[K];
-    convolution_read<T, K, N>(state, slot, channel, window);
-    window[K - 1] = column_type::load(in.x.row(b) + channel);
-    auto const result = convolution_result<T, K, N>(c, window, silu);
-    convolution_leave<T, K, N>(state, slot, channel, window);
+  };
+  // Nothing of a row depends on another one: the next is on its way while one is worked on.
+  auto const fetch = [&](std::int64_t b) {
+    token x;
+    x.slot = slot_of(in.slots, b, state.extent(0));
+    convolution_read<T, K, N>(state, x.slot < 0 ? 0 : x.slot, channel, x.window);
+    x.window[K - 1] = column_type::load(in.x.row(b) + channel);
+    return x;
+  };
+  std::int64_t const end = min(first + rows, batch);
+  token next = fetch(first);
+  for (std::int64_t b = first; b < end; ++b) {
+    token const x = next;
+    if (b + 1 < end) next = fetch(b + 1);
+    auto const result = convolution_result<T, K, N>(c, x.window, silu);
+    if (x.slot < 0) continue;
+    convolution_leave<T, K, N>(state, x.slot, channel, x.window);
     store_pack<N>(y.row(b) + channel, result);
   }
 }
@@ -511,7 +523,7 @@ struct backend<causal_conv1d, device::cuda> {
   template <class T>
   static void step(device::cuda const& policy, causal_conv1d::step_inputs<device::cuda, T> const& in, states<T> state,
                    view<space::device, T, dyn, dyn> y) {
-    constexpr int wide = cuda::pack_width<T>;
+    constexpr int wide = wide_pack<T>;
     bool const packs =
         cuda::rows_in_packs<wide>(in.x) && cuda::rows_in_packs<wide>(state) && cuda::rows_in_packs<wide>(y);
     with_taps_and_packs<wide>(in.weight.extent(1), packs, [&]<int K, int N>() {
