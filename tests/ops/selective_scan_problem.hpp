@@ -28,6 +28,13 @@ struct problem {
   std::int64_t row_of(std::int64_t s) const { return offsets.empty() ? s : 0; }
   std::int64_t begin(std::int64_t s) const { return offsets.empty() ? 0 : offsets[index(s)]; }
   std::int64_t end(std::int64_t s) const { return offsets.empty() ? length : offsets[index(s + 1)]; }
+  /// A itself, where its logarithm is given.
+  values decay_rates() const {
+    values rates = A;
+    if (log)
+      for (double& a : rates) a = -std::exp(a);
+    return rates;
+  }
 };
 
 struct options {
@@ -64,26 +71,39 @@ struct outputs {
   values y, final_state;
 };
 
-/// The definition, in double.
-inline outputs reference(problem const& p) {
+/// The definition, in double. magnitude, where wanted: what the results would be if no terms cancelled, to which bounds
+/// of rounding errors are relative.
+inline outputs reference(problem const& p, outputs* magnitude = nullptr) {
   outputs r{values(p.u.size()), values(index(p.sequences() * p.channels * p.states))};
+  if (magnitude) *magnitude = r;
+  values const A = p.decay_rates();
+  values without_signs(index(p.states));
   for (std::int64_t s = 0; s < p.sequences(); ++s)
     for (std::int64_t d = 0; d < p.channels; ++d) {
-      double* const h = r.final_state.data() + (s * p.channels + d) * p.states;
-      for (std::int64_t n = 0; n < p.states; ++n)
-        h[n] = p.initial.empty() ? 0 : p.initial[index((s * p.channels + d) * p.states + n)];
+      auto const state = index((s * p.channels + d) * p.states);
+      double* const h = r.final_state.data() + state;
+      double* const sizes = magnitude ? magnitude->final_state.data() + state : without_signs.data();
+      for (std::size_t n = 0; n < index(p.states); ++n) {
+        h[n] = p.initial.empty() ? 0 : p.initial[state + n];
+        sizes[n] = std::abs(h[n]);
+      }
       for (std::int64_t t = p.begin(s); t < p.end(s); ++t) {
         std::int64_t const row = p.row_of(s) * p.length + t;
         auto const at = index(row * p.channels + d);
         double dt = p.delta[at] + (p.bias.empty() ? 0 : p.bias[index(d)]);
         if (p.softplus) dt = std::max(dt, 0.0) + std::log1p(std::exp(-std::abs(dt)));
-        double y = p.D.empty() ? 0 : p.D[index(d)] * p.u[at];
-        for (std::int64_t n = 0; n < p.states; ++n) {
-          double const a = p.A[index(d * p.states + n)];
-          h[n] = std::exp(dt * (p.log ? -std::exp(a) : a)) * h[n] + dt * p.B[index(row * p.states + n)] * p.u[at];
-          y += p.C[index(row * p.states + n)] * h[n];
+        double y = p.D.empty() ? 0 : p.D[index(d)] * p.u[at], size = std::abs(y);
+        for (std::size_t n = 0; n < index(p.states); ++n) {
+          double const decay = std::exp(dt * A[index(d * p.states) + n]);
+          double const added = dt * p.B[index(row * p.states) + n] * p.u[at], c = p.C[index(row * p.states) + n];
+          h[n] = decay * h[n] + added;
+          y += c * h[n];
+          sizes[n] = decay * sizes[n] + std::abs(added);
+          size += std::abs(c) * sizes[n];
         }
-        r.y[at] = p.z.empty() ? y : y * p.z[at] / (1 + std::exp(-p.z[at]));
+        auto const silu = [](double z) { return z / (1 + std::exp(-z)); };
+        r.y[at] = p.z.empty() ? y : y * silu(p.z[at]);
+        if (magnitude) magnitude->y[at] = p.z.empty() ? size : size * silu(std::abs(p.z[at]));
       }
     }
   return r;
@@ -93,20 +113,26 @@ struct derivatives {
   values d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_bias, d_initial;
 };
 
-/// The derivative of sum(d_y y) + sum(d_final final_state), in double, by the chain rule along the definition.
-inline derivatives reference_backward(problem const& p, values const& d_y, values const& d_final) {
+/// The derivative of sum(d_y y) + sum(d_final final_state), in double, by the chain rule along the definition. Where
+/// nothing that is given is negative, `magnitudes` takes the decay rates' factors without their sign too: then no terms
+/// cancel, and the results are what bounds of rounding errors are relative to.
+inline derivatives reference_backward(problem const& p, values const& d_y, values const& d_final,
+                                      bool magnitudes = false) {
   auto const like = [](values const& v) { return values(v.size()); };
   derivatives r{like(p.u), like(p.u), like(p.A), like(p.B), like(p.C), values(index(p.channels)), like(p.u),
                 values(index(p.channels)), values(index(p.sequences() * p.channels * p.states))};
   auto const N = index(p.states);
+  values const rates = p.decay_rates();
   for (std::int64_t s = 0; s < p.sequences(); ++s)
     for (std::int64_t d = 0; d < p.channels; ++d) {
       auto const state = index((s * p.channels + d) * p.states);
       std::vector<values> h(1, values(N));
       for (std::size_t n = 0; n < N; ++n) h[0][n] = p.initial.empty() ? 0 : p.initial[state + n];
-      auto const A = [&](std::size_t n) {
-        double const a = p.A[index(d) * N + n];
-        return p.log ? -std::exp(a) : a;
+      auto const A = [&](std::size_t n) { return rates[index(d) * N + n]; };
+      auto const factor = [&](std::size_t n) { return magnitudes ? -A(n) : A(n); };
+      // The decay's error is some roundings of its exponent, which is a share of that many roundings' bound.
+      auto const decay_of = [&](double exponent) {
+        return std::exp(exponent) * (magnitudes ? 1 - exponent / 8 : 1.0);
       };
       auto const x = [&](std::size_t at) { return p.delta[at] + (p.bias.empty() ? 0 : p.bias[index(d)]); };
       auto const dt_of = [&](std::size_t at) {
@@ -117,7 +143,7 @@ inline derivatives reference_backward(problem const& p, values const& d_y, value
         auto const at = row(t) * index(p.channels) + index(d);
         h.push_back(values(N));
         for (std::size_t n = 0; n < N; ++n)
-          h.back()[n] = std::exp(dt_of(at) * A(n)) * h[h.size() - 2][n] + dt_of(at) * p.B[row(t) * N + n] * p.u[at];
+          h.back()[n] = decay_of(dt_of(at) * A(n)) * h[h.size() - 2][n] + dt_of(at) * p.B[row(t) * N + n] * p.u[at];
       }
       values g(N);
       for (std::size_t n = 0; n < N; ++n) g[n] = d_final.empty() ? 0 : d_final[state + n];
@@ -142,9 +168,9 @@ inline derivatives reference_backward(problem const& p, values const& d_y, value
           r.d_C[row(t) * N + n] += d_sum * now[n];
           r.d_B[row(t) * N + n] += g[n] * dt * p.u[at];
           r.d_u[at] += g[n] * dt * p.B[row(t) * N + n];
-          double const decay = std::exp(dt * A(n));
-          d_dt += g[n] * (p.B[row(t) * N + n] * p.u[at] + A(n) * decay * past[n]);
-          r.d_A[index(d) * N + n] += g[n] * dt * decay * past[n] * (p.log ? A(n) : 1);
+          double const decay = decay_of(dt * A(n));
+          d_dt += g[n] * (p.B[row(t) * N + n] * p.u[at] + factor(n) * decay * past[n]);
+          r.d_A[index(d) * N + n] += g[n] * dt * decay * past[n] * (p.log ? factor(n) : 1);
           g[n] *= decay;
         }
         r.d_delta[at] = d_dt * (p.softplus ? 1 / (1 + std::exp(-x(at))) : 1);
