@@ -47,9 +47,9 @@ struct scan_roles {
                 selective_scan::chunk_length % Tile == 0);
 
   // The lanes of a warp may be apart after a store that some leave out, and the two kinds of warps meet at different
-  // places of the program.
-  __device__ static void helpers_meet() { named_barrier<1, helpers>(); }
-  __device__ static void all_meet() { named_barrier<2, threads>(); }
+  // places of the program. One barrier for all meetings, also for the first, of helpers alone: racecheck takes threads
+  // that have met a different number of times for threads that have not met.
+  __device__ static void all_meet() { named_barrier<1, threads>(); }
 };
 
 template <class T, int Pair, int Tile, bool Outputs>
@@ -97,10 +97,12 @@ __global__ void __launch_bounds__(256, 3)
 #pragma unroll
       for (int j = 0; j < Pair; ++j) state[j].store(keep.checkpoints.data() + (row + j) * N, lane);
     };
-    if (steps == 0)
+    if (steps == 0) {
       keep_checkpoint(0);
-    else
+    } else {
       shape::all_meet();
+      shape::all_meet();
+    }
     for (int k = 0; k < tiles; ++k) {
       if (k * Tile % selective_scan::chunk_length == 0) keep_checkpoint(k * Tile);
       A const* const times_of = shared + shape::times + (k & 1) * shape::time + thread / 4 * (2 * Pair);
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(256, 3)
   copy(u_rows, Tile, u_of(1)), copy(delta_rows, Tile, delta_of(1));
   commit_copies();
   wait_for_copies<0>();
-  shape::helpers_meet();
+  shape::all_meet();
   prepare(0, load_projections(0));
   projections coming = load_projections(Tile);
   shape::all_meet();
