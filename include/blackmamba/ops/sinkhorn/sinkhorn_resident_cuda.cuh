@@ -83,7 +83,7 @@ __device__ __forceinline__ bool sinkhorn_newton_in_registers(int n, Pair&& pair,
   for (int k = 7; k >= 0; --k) {
     float sum = d[k];
 #pragma unroll
-    for (int j = k + 1; j < 8; ++j) sum = math::fma(s[k][j], d[j], sum);
+    for (int j = 7; j > k; --j) sum = math::fma(s[k][j], d[j], sum);  // the latest one last
     d[k] = k + 1 < n ? sum * inverse[k] : 0.0f;
     solved = solved && math::abs(d[k]) < 1e30f;
   }
@@ -273,7 +273,7 @@ class sinkhorn_resident_rows {
       shift = math::max(shift, x[j]);
     }
 #pragma unroll
-    for (int j = 0; j < as::experts; ++j) x[j] = math::exp(x[j] - shift);
+    for (int j = 0; j < as::experts; ++j) x[j] = power_of_two((x[j] - shift) * 1.44269504f);
     return test == 0.0f;
   }
 
@@ -410,10 +410,15 @@ class sinkhorn_resident_control {
       if (!(voters > 0)) return stop(0);
       s_.per_voter = 1 / voters;
     }
+    float least = 0;  // of the marginals
     if (!s_.waiting) {
       s_.marginal = shared_.sums[j_] * s_.per_voter;
-      s_.error = largest(real_ ? math::sinkhorn_error(s_.marginal, p_.experts) : 0.0);
-      if (!p_.fixed) s_.progress.tolerance = math::max(p_.tolerance, 8 * 0x1p-23 * (1 - smallest(real_ ? s_.g : 0.0)));
+      s_.error = real_ ? math::abs(static_cast<float>(p_.experts) * s_.marginal - 1.0f) : 0.0f;
+      float spread = real_ ? s_.g : 0.0f;
+      least = real_ ? s_.marginal : 1.0f;
+      extremes(s_.error, spread, least);
+      if (!p_.fixed)
+        s_.progress.tolerance = math::max(static_cast<float>(p_.tolerance), 8 * 0x1p-23f * (1 - spread));
       if (s_.progress.trial && !(s_.error < s_.progress.saved_error / 4)) s_.stride = 1;
       s_.next = s_.progress.next(s_.error);
       if (s_.progress.reach == 0) s_.stride = 1;
@@ -427,6 +432,7 @@ class sinkhorn_resident_control {
           return stop(s_.error);
         }
         s_.next = action::fixed_point;
+        least = smallest(real_ ? s_.marginal : 1.0f);
       }
     }
     s_.waiting = false;
@@ -440,11 +446,12 @@ class sinkhorn_resident_control {
       if (!newton()) {
         s_.progress.refuse_newton();
         s_.next = action::fixed_point;
+        least = smallest(real_ ? s_.marginal : 1.0f);
       }
     }
     if (s_.next == action::fixed_point) {
       // An expert that all rows shun by far has lost its marginal to underflow: take the logarithm's way once.
-      if (smallest(real_ ? s_.marginal : 1.0f) < 1e-17f) {
+      if (least < 1e-17f) {
         if (threadIdx.x < as::experts) shared_.g[j_] = static_cast<double>(s_.g);
         return publish(sinkhorn_log);
       }
@@ -473,6 +480,19 @@ class sinkhorn_resident_control {
     return over_experts(x, [](float a, float b) { return math::max(a, b); });
   }
 
+  /// The largest of the first, the smallest of the others, over the experts: side by side, for each step of one waits
+  /// for the step before.
+  __device__ __forceinline__ static void extremes(float& high, float& low, float& least) {
+#pragma unroll
+    for (int distance = as::experts / 2; distance > 0; distance /= 2) {
+      float const a = __shfl_xor_sync(0xffffffffu, high, distance), b = __shfl_xor_sync(0xffffffffu, low, distance);
+      float const c = __shfl_xor_sync(0xffffffffu, least, distance);
+      high = math::max(high, a);
+      low = math::min(low, b);
+      least = math::min(least, c);
+    }
+  }
+
   /// The offsets have moved: weights for the next sweep, and what to look at in it.
   __device__ __forceinline__ void go_on() {
     normalise();
@@ -498,8 +518,9 @@ class sinkhorn_resident_control {
     float step = 0;
 #pragma unroll
     for (int k = 0; k < as::experts; ++k) step = k == j_ ? d[k] : step;
-    float const range = largest(math::max(step, 0.0f)) - smallest(math::min(step, 0.0f));
-    s_.g += math::sinkhorn_damping(range, s_.progress.reach) * step;
+    float high = math::max(step, 0.0f), low = math::min(step, 0.0f), unused = 0;
+    extremes(high, low, unused);
+    s_.g += math::sinkhorn_damping(high - low, s_.progress.reach) * step;
     return true;
   }
   __device__ __forceinline__ void normalise() { s_.g -= largest(real_ ? s_.g : -INFINITY); }
@@ -542,7 +563,7 @@ class sinkhorn_resident_control {
 
 template <int>
 __global__ void __launch_bounds__(sinkhorn_resident::threads, 1)
-    sinkhorn_resident_sound(sinkhorn_resident_arguments const p) {
+    sinkhorn_resident_sound(__grid_constant__ sinkhorn_resident_arguments const p) {
   extern __shared__ __align__(16) unsigned char sinkhorn_memory[];
   __shared__ sinkhorn_resident_shared shared;
   sinkhorn_resident_rows rows(p, shared, reinterpret_cast<float4*>(sinkhorn_memory));
