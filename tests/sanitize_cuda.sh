@@ -11,7 +11,7 @@
 #
 # Under a tool a program runs 10 to 1000 times longer: it is given a few of the random problems
 # (BLACKMAMBA_TEST_TRIALS_PERCENT).
-# PROGRAMS names another folder of programs, JOBS how many run at a time, LIMIT the seconds for each, LOGS a folder.
+# PROGRAMS names another folder of programs, TOOLS some of the five, JOBS how many run at a time, LIMIT the seconds for each, LOGS a folder.
 set -euo pipefail
 export LC_ALL=C.UTF-8
 
@@ -68,7 +68,7 @@ if ((${#chosen[@]} == 0)); then echo "no test program of the GPU in ${PROGRAMS:-
 
 # The slowest tool first, so that the last minutes are not one program's.
 runs=()
-for tool in racecheck memcheck initcheck synccheck guard; do
+for tool in ${TOOLS:-racecheck memcheck initcheck synccheck guard}; do
   for program in "${chosen[@]}"; do
     if [[ $program == *_large_* && $tool != memcheck ]]; then continue; fi
     runs+=("$tool" "$program")
