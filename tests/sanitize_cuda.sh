@@ -11,7 +11,8 @@
 #
 # Under a tool a program runs 10 to 1000 times longer: it is given a few of the random problems
 # (BLACKMAMBA_TEST_TRIALS_PERCENT).
-# PROGRAMS names another folder of programs, TOOLS some of the five, JOBS how many run at a time, LIMIT the seconds for each, LOGS a folder.
+# PROGRAMS names another folder of programs, TOOLS some of the five, JOBS how many run at a time, LIMIT the seconds for
+# each, LOGS a folder.
 set -euo pipefail
 export LC_ALL=C.UTF-8
 
@@ -29,7 +30,7 @@ check() {
   local tool=$1 program=$2 name log begin=$SECONDS status=0 verdict
   name=$(basename "$program") log=$LOGS/$name.$tool.log
   local run=(compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 20)
-  local -x CUDA_VISIBLE_DEVICES=$((place % gpus))  # of several GPUs each takes its share
+  local -x CUDA_VISIBLE_DEVICES=$((${place:-0} % gpus))  # of several GPUs each takes its share
   local -x BLACKMAMBA_TEST_TRIALS_PERCENT=${BLACKMAMBA_TEST_TRIALS_PERCENT:-2}
   case $tool in
     memcheck) local -x BLACKMAMBA_TEST_GUARD=own_memory ;;
