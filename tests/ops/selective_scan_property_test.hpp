@@ -130,6 +130,7 @@ TEST_CASE("selective_scan: gradients equal the chain rule with any number of sta
   check_backward<float, 8>(make<float>(2, 65, 17, 8));
   check_backward<float, 17>(make<float>(1, 65, 17, 17));
   check_backward<float, 64>(make<float>(1, 33, 33, 64));
+  check_backward<float, 128>(make<float>(2, 40, 17, 128));
   check_backward<float, 256>(make<float>(1, 33, 17, 256));
 }
 

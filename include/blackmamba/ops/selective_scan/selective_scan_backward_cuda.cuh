@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
     // Four channels of some steps are a thread's to prepare and to finish.
     int const quad = thread % quads;
     int const count = static_cast<int>(min(channels - first_channel - 4 * quad, std::int64_t{4}));
-    constexpr int turn = threads / quads;  // steps that the block's threads hold at once
+    constexpr int turn = threads / quads;  // steps that the block's threads hold at once; may exceed a chunk
     constexpr int batch = adjoint_batch(turn, sizeof(T) > 2 ? 2 : 4);
     A const* const biases = shared + memory::channel_values + 4 * quad;
     A const* const skips = biases + width;
@@ -190,6 +190,7 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
 #pragma unroll
             for (int k = 0; k < batch; ++k) {
               int const t = t0 + k * turn;
+              if (turn > adjoint_chunk && t >= adjoint_chunk) continue;
               auto const u = x.u[k].widened(), delta = x.delta[k].widened(), d_y = x.d_y[k].widened(),
                          z = x.z[k].widened();
               pack<A, 8> time;
@@ -421,6 +422,7 @@ __global__ void __launch_bounds__(adjoint_block<T, N>::threads, adjoint_block<T,
 #pragma unroll
           for (int k = 0; k < batch; ++k) {
             int const t = t0 + k * turn;
+            if (turn > adjoint_chunk && t >= adjoint_chunk) continue;
             bool const within = t < chunk_steps;  // no branch, which would keep steps apart
             auto const adjoint = load_pack<8>(static_cast<A const*>(times + (t * width + 4 * quad) * 2));
             auto const y = load_pack<4>(static_cast<A const*>(outputs + t * width + 4 * quad));
