@@ -9,6 +9,8 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -238,6 +240,13 @@ template <class Network>
 std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int32_t const> prompt, std::int64_t count,
                                    sampling_options const& options = {}) {
   return generate(from, prompt, count, options, [](std::int32_t) { return true; });
+}
+/// A text is no prompt yet.
+template <class Network, class Text, class... Rest>
+  requires std::is_convertible_v<Text const&, std::string_view>
+void generate(generator<Network>&, Text const&, Rest&&...) {
+  static_assert(!std::is_convertible_v<Text const&, std::string_view>,
+                "blackmamba: generate: the prompt is a text, and a model reads tokens; write byte_tokens(text)");
 }
 
 }  // namespace blackmamba

@@ -5,6 +5,7 @@
 #include <blackmamba/nn/module.hpp>
 
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -169,9 +170,19 @@ void fill_initial(entry const& e, std::uint64_t seed, int layers, host_view<T, d
 
 }  // namespace detail
 
+/// Whether a type is a whole model, as language_model is.
+template <class Arch>
+concept architecture = requires(typename Arch::template parameters<space::host, float> p) {
+  Arch::visit(p, detail::ignore_visits{});
+  { Arch::layer_count() } -> std::convertible_to<int>;
+};
+
 /// An architecture with memory: parameters on the policy's device, stored as T, initialised from the seed.
 template <class Arch, device_policy P, storage T = float>
 class network {
+  static_assert(architecture<Arch>, "blackmamba: network: the first argument is no architecture; blocks become one as "
+                                    "language_model<Config, Blocks>");
+
  public:
   using arch = Arch;
   using policy_type = P;

@@ -21,7 +21,7 @@ template <class Config, class Activation = swiglu>
 struct mlp : stateless {
   static constexpr int d_model = Config::d_model;
   static constexpr int d_ff = Config::d_ff;
-  static constexpr int d_fc1 = Activation::gated ? 2 * d_ff : d_ff;
+  static constexpr int d_fc1 = detail::first_product_width<Activation>(d_ff);
 
   template <class S, storage T>
   struct parameters {

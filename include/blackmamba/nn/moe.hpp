@@ -33,7 +33,7 @@ template <class Config, class Routing, class Activation = swiglu>
 struct moe : stateless {
   static constexpr int d_model = Config::d_model;
   static constexpr int d_ff = Config::d_ff;
-  static constexpr int d_fc1 = Activation::gated ? 2 * d_ff : d_ff;
+  static constexpr int d_fc1 = detail::first_product_width<Activation>(d_ff);
   static constexpr int experts = Config::experts;
   static constexpr int k = Routing::k;
   using balance = typename Routing::balance;
