@@ -20,8 +20,9 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export LOGS=${LOGS:-$root/build/sanitize_cuda} LIMIT=${LIMIT:-1200} PATH=$PATH:/usr/local/cuda/bin
 mkdir -p "$LOGS"
 
-gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l)
-if ((gpus == 0)); then echo "skipped: no CUDA device"; exit 0; fi
+# Several GPUs share the programs: those of CUDA_VISIBLE_DEVICES, or all.
+gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd, || true)}
+if [[ -z $gpus ]]; then echo "skipped: no CUDA device"; exit 0; fi
 export gpus
 command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is missing; it comes with the CUDA toolkit" >&2; exit 1; }
 
@@ -30,7 +31,9 @@ check() {
   local tool=$1 program=$2 name log begin=$SECONDS status=0 verdict
   name=$(basename "$program") log=$LOGS/$name.$tool.log
   local run=(compute-sanitizer --tool "$tool" --error-exitcode 99 --print-limit 20)
-  local -x CUDA_VISIBLE_DEVICES=$((${place:-0} % gpus))  # of several GPUs each takes its share
+  local -a devices
+  IFS=, read -ra devices <<< "$gpus"
+  local -x CUDA_VISIBLE_DEVICES=${devices[${place:-0} % ${#devices[@]}]}
   local -x BLACKMAMBA_TEST_TRIALS_PERCENT=${BLACKMAMBA_TEST_TRIALS_PERCENT:-2}
   case $tool in
     memcheck) local -x BLACKMAMBA_TEST_GUARD=own_memory ;;
