@@ -47,4 +47,23 @@ void check_sums(values const& actual, sums const& expected, std::int64_t terms, 
                                  << " times its bound");
 }
 
+/// The same where what is known of an element is its magnitude: what it would be if no terms cancelled; where none do,
+/// `expected` itself. The bound is u_T |expected| + 4 sqrt(terms + 1) u_A |magnitude| + least.
+template <class T>
+void check_within(values const& actual, values const& expected, values const& magnitude, std::int64_t terms,
+                  std::string const& what, double least = std::is_same_v<T, blackmamba::half> ? 0x1p-25 : 0.0) {
+  REQUIRE_MESSAGE(actual.size() == expected.size(), what);
+  REQUIRE_MESSAGE(magnitude.size() == expected.size(), what);
+  double const walk = 4 * std::sqrt(static_cast<double>(terms) + 1) * unit_roundoff<blackmamba::accum_t<T>>();
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    double const bound = unit_roundoff<T>() * std::abs(expected[i]) + walk * std::abs(magnitude[i]) + least;
+    bool const within = std::abs(actual[i] - expected[i]) <= bound;
+    if (!within) {
+      FAIL_CHECK(what << ": element " << i << " is " << actual[i] << ", expected " << expected[i] << " within "
+                      << bound);
+      return;
+    }
+  }
+}
+
 }  // namespace test

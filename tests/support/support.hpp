@@ -163,6 +163,11 @@ inline void check_close(values const& actual, values const& expected, double tol
                                          << ", expected " << (expected.empty() ? 0 : expected[at])
                                          << ", relative error " << worst << " above " << tolerance);
 }
+/// As check_close, relative to each element itself: for results in which nothing cancels.
+inline void check_close_each(values const& actual, values const& expected, double tolerance,
+                             std::string const& what = "") {
+  check_close(actual, expected, tolerance, what, 0.0);
+}
 /// As check_close, for results that are differences of numbers as large as `scale` and carry the rounding of those.
 inline void check_close_at_scale(values actual, values expected, double scale, double tolerance,
                                  std::string const& what) {
