@@ -456,7 +456,8 @@ class sinkhorn_general_loop {
 };
 
 template <class A>
-__global__ void __launch_bounds__(32 * sinkhorn_warps) sinkhorn_general(__grid_constant__ sinkhorn_arguments<A> const p) {
+__global__ void __launch_bounds__(32 * sinkhorn_warps)
+    sinkhorn_general(__grid_constant__ sinkhorn_arguments<A> const p) {
   extern __shared__ __align__(16) unsigned char sinkhorn_memory[];
   sinkhorn_shared<A> const shared(sinkhorn_memory, p.experts, static_cast<int>(blockDim.x / 32), p.newton);
   sinkhorn_general_loop<A> loop(p, shared);

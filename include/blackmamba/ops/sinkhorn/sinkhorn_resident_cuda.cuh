@@ -417,8 +417,8 @@ class sinkhorn_resident_control {
       float spread = real_ ? s_.g : 0.0f;
       least = real_ ? s_.marginal : 1.0f;
       extremes(s_.error, spread, least);
-      if (!p_.fixed)
-        s_.progress.tolerance = math::max(static_cast<float>(p_.tolerance), 8 * 0x1p-23f * (1 - spread));
+      float const rounding = 8 * 0x1p-23f * (1 - spread);
+      if (!p_.fixed) s_.progress.tolerance = math::max(static_cast<float>(p_.tolerance), rounding);
       if (s_.progress.trial && !(s_.error < s_.progress.saved_error / 4)) s_.stride = 1;
       s_.next = s_.progress.next(s_.error);
       if (s_.progress.reach == 0) s_.stride = 1;
@@ -480,16 +480,13 @@ class sinkhorn_resident_control {
     return over_experts(x, [](float a, float b) { return math::max(a, b); });
   }
 
-  /// The largest of the first, the smallest of the others, over the experts: side by side, for each step of one waits
-  /// for the step before.
+  /// The largest of the first, the smallest of the others, over the experts, side by side.
   __device__ __forceinline__ static void extremes(float& high, float& low, float& least) {
 #pragma unroll
     for (int distance = as::experts / 2; distance > 0; distance /= 2) {
-      float const a = __shfl_xor_sync(0xffffffffu, high, distance), b = __shfl_xor_sync(0xffffffffu, low, distance);
-      float const c = __shfl_xor_sync(0xffffffffu, least, distance);
-      high = math::max(high, a);
-      low = math::min(low, b);
-      least = math::min(least, c);
+      high = math::max(high, __shfl_xor_sync(0xffffffffu, high, distance));
+      low = math::min(low, __shfl_xor_sync(0xffffffffu, low, distance));
+      least = math::min(least, __shfl_xor_sync(0xffffffffu, least, distance));
     }
   }
 
