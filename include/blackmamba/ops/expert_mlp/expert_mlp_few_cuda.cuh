@@ -17,7 +17,8 @@
 /// expert_mlp of very few tokens on Hopper, in one launch: to read the weights of their experts is all there is to do.
 /// Each block has a part of the first product's rows, then of the second's, and one thread has the copy engine bring
 /// them through a ring in shared memory, in one stream: while the blocks wait for each other between the two products,
-/// the second one's weights arrive. Kernels: (one row, up to four) for each activation and T.
+/// the second one's weights arrive. Then all warps share these rows' depth, by tensor cores. The launch begins early.
+/// Kernels: (one row, up to four) for each activation and T.
 namespace blackmamba::cuda::detail {
 
 namespace few {
@@ -119,15 +120,41 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[Most], T const* w, T 
   for (int r = 0; r < Most; ++r) sum[r] = r < rows ? warp_sum(part[r][0] + part[r][1]) : 0.0f;
 }
 
+/// sum[0] and sum[1] = row lane / 4 of w times columns 2 (lane % 4) and 2 (lane % 4) + 1, rows of x, over every
+/// `every`-th 32 steps of the depth from `first` on, by tensor cores. A lane names its own rows, w and x: those of
+/// number lane / 4, or any others where there are none.
+template <class T>
+__device__ __forceinline__ void multiply_eight_rows(float (&sum)[2], T const* w, T const* x, int depth, int first,
+                                                    int every) {
+  constexpr int step = 32;
+  int const at = static_cast<int>(threadIdx.x) % 4 * chunk;
+  float part[2][4] = {};
+#pragma unroll 4
+  for (int p = first * step; p < depth; p += every * step) {
+    uint4 a = make_uint4(0, 0, 0, 0), b = a;
+    if (p + at < depth) {
+      a = *reinterpret_cast<uint4 const*>(w + p + at);
+      b = *reinterpret_cast<uint4 const*>(x + p + at);
+    }
+    std::uint32_t const front[4] = {a.x, 0, a.y, 0}, back[4] = {a.z, 0, a.w, 0};
+    multiply_matrices<T>(part[0], front, b.x, b.y);
+    multiply_matrices<T>(part[1], back, b.z, b.w);
+  }
+#pragma unroll
+  for (int e = 0; e < 2; ++e) sum[e] = part[0][e] + part[1][e];
+}
+
 }  // namespace few
 
 template <class Function, class T, int Most>
 __global__ void __launch_bounds__(few::threads, 1)
-    expert_mlp_few_tokens([[maybe_unused]] few::arguments<T> const p, [[maybe_unused]] few::ring_shape const ring) {
+    expert_mlp_few_tokens([[maybe_unused]] __grid_constant__ few::arguments<T> const p,
+                          [[maybe_unused]] few::ring_shape const ring) {
   if constexpr (warpgroup_instructions) {
     // The host knows by the barriers' bytes that this program has the kernel's code.
     __shared__ alignas(8) std::uint64_t barriers[2 * few::most_stages + 1];
     __shared__ few::groups g;
+    __shared__ float parts[2][few::warps][8][few::most_rows + 1];  // sums of the warps, in turns
     extern __shared__ __align__(128) unsigned char few_memory[];
     int const width = static_cast<int>(p.width), inner = static_cast<int>(p.inner);
     int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -146,6 +173,7 @@ __global__ void __launch_bounds__(few::threads, 1)
         phase_barrier::publish_init();
       }
     } else if (warp == 0) {
+      wait_for_launch_ahead();
       int count = 0;
       for (std::int64_t first = 0; first < p.experts; first += 32) {
         std::int64_t const e = first + lane;
@@ -162,10 +190,12 @@ __global__ void __launch_bounds__(few::threads, 1)
       }
       if (lane == 0) g.count = count;
     } else if (warp == 1 && lane < p.tokens) {
+      wait_for_launch_ahead();
       int const token = p.source[lane];
       g.token[lane] = token;
       g.gate[lane] = token >= 0 ? p.gate[token * p.gate_stride] : 0.0f;
     } else if (warp > 1) {
+      wait_for_launch_ahead();
       for (std::int64_t t = blockIdx.x; t < p.tokens; t += gridDim.x)
         if (p.row[t] < 0)
           for (int c = static_cast<int>(threadIdx.x) - 64; c < width; c += 32 * (few::warps - 2))
@@ -259,26 +289,40 @@ __global__ void __launch_bounds__(few::threads, 1)
           __ldcg(reinterpret_cast<uint4 const*>(p.activated + r * p.activated_stride + c));
     }
     named_barrier<1, 32 * few::warps>();
-    for (int done = 0; second.more(); second.next()) {
-      auto const& now = second.at;
-      int const members = g.rows[now.which], row = g.first[now.which], e = g.expert[now.which];
-      T const* const weights = reinterpret_cast<T const*>(few_memory + at.stage * ring.stage_bytes);
-      phase_barrier::wait(full + 8 * at.stage, at.parity);
-      for (int i = (warp - done % few::warps + few::warps) % few::warps; i < now.count; i += few::warps) {
-        float sum[Most];
-        few::multiply_rows(sum, weights + i * inner, rows + row * inner, inner, members);
-        int const o = now.begin + i;
-#pragma unroll
-        for (int r = 0; r < Most; ++r) {
-          if (r >= members || lane != 0) continue;
-          if (p.fc2_bias) sum[r] += p.fc2_bias[e * p.fc2_bias_apart + o];
-          p.y[g.token[row + r] * p.y_stride + o] = convert<T>(g.gate[row + r] * convert<float>(convert<T>(sum[r])));
-        }
+    // Up to eight rows at once; the warps share their depth.
+    int const q = lane / 4;
+    for (int pass = 0; second.more(); ++pass) {
+      auto const start = second.at;
+      int const members = g.rows[start.which], row = g.first[start.which], e = g.expert[start.which];
+      T const* w = reinterpret_cast<T const*>(few_memory + at.stage * ring.stage_bytes);
+      few::place const begun = at;
+      int n = 0, stages = 0;
+      for (; second.more() && second.at.which == start.which && n + second.at.count <= 8 && stages < ring.stages;
+           second.next(), ++stages) {
+        phase_barrier::wait(full + 8 * at.stage, at.parity);
+        if (q >= n && q < n + second.at.count)
+          w = reinterpret_cast<T const*>(few_memory + at.stage * ring.stage_bytes) + (q - n) * inner;
+        n += second.at.count;
+        at.next(ring.stages);
       }
-      done += now.count;
+      float sum[2];
+      few::multiply_eight_rows(sum, w, rows + (row + min(q, members - 1)) * inner, inner, warp, few::warps);
       __syncwarp();
-      if (lane == 0) phase_barrier::arrive(free + 8 * at.stage);
-      at.next(ring.stages);
+      few::place left = begun;
+      for (int s = 0; s < stages; ++s, left.next(ring.stages))
+        if (lane == 0) phase_barrier::arrive(free + 8 * left.stage);
+      auto& part = parts[pass % 2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (lane % 4 * 2 + i < few::most_rows) part[warp][q][lane % 4 * 2 + i] = sum[i];
+      named_barrier<1, 32 * few::warps>();
+      for (int i = static_cast<int>(threadIdx.x); i < n * members; i += 32 * few::warps) {
+        int const r = i / n, o = i - r * n, column = start.begin + o;
+        float total = p.fc2_bias ? p.fc2_bias[e * p.fc2_bias_apart + column] : 0.0f;
+#pragma unroll
+        for (int v = 0; v < few::warps; ++v) total += part[v][o][r];
+        p.y[g.token[row + r] * p.y_stride + column] = convert<T>(g.gate[row + r] * convert<float>(convert<T>(total)));
+      }
     }
   }
 }
@@ -306,7 +350,7 @@ bool expert_mlp_of_few_tokens(char const* op, device::cuda const& policy, few::a
   int const rows_bytes = static_cast<int>(p.tokens) * std::max(first_row, second_row);
   few::ring_shape ring{};
   ring.pairs = std::max(1, few::stage_aim / (2 * first_row));
-  ring.rows = std::max(1, few::stage_aim / second_row);
+  ring.rows = std::clamp(few::stage_aim / second_row, 1, 8);
   ring.stage_bytes = (std::max(2 * ring.pairs * first_row, ring.rows * second_row) + 127) / 128 * 128;
   int const left = properties().shared_bytes_per_block - own_bytes - rows_bytes;
   ring.stages = std::min(few::most_stages, left / ring.stage_bytes);
@@ -315,7 +359,8 @@ bool expert_mlp_of_few_tokens(char const* op, device::cuda const& policy, few::a
          {.blocks = static_cast<unsigned>(properties().multiprocessors),
           .threads = few::threads,
           .shared_bytes = static_cast<std::size_t>(ring.stages * ring.stage_bytes + rows_bytes),
-          .cooperative = true},
+          .cooperative = true,
+          .early = true},
          kernel, p, ring);
   return true;
 }

@@ -207,7 +207,7 @@ struct backend<router_dispatch, device::cuda> {
   template <class A>
   static bool takes_logits(std::int64_t rows, std::int64_t experts, std::int64_t) {
     return rows > 0 && rows <= cuda::detail::routed::most_threads * most_blocks() &&
-           experts <= cuda::detail::routed::most_experts && rows * experts <= 65536;
+           experts <= (rows <= 128 ? cuda::detail::routed::most_experts : 16);
   }
 
   template <class T>
