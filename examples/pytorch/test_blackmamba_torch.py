@@ -88,13 +88,13 @@ def main():
             for kept_as in {torch.float32, dtype}:
                 pool = torch.randn(7, channels, states, device=DEVICE).to(kept_as)
                 rows = torch.tensor([5, 0, 3][:batch], device=DEVICE)
-                alone, before = pool[rows].clone(), pool.clone()
+                alone, before, start = pool[rows].clone(), pool.clone(), pool.clone()
                 expected = step(alone)
                 assert torch.equal(step(pool, state_batch_indices=rows), expected)
                 before[rows] = alone
                 assert torch.equal(pool, before)
                 rows[0] = -1
-                found = step(pool.clone(), state_batch_indices=rows)
+                found = step(start, state_batch_indices=rows)
                 assert torch.equal(found[1:], expected[1:])
 
         for taps in (2, 3, 4):
