@@ -44,7 +44,7 @@ def draw(axes, rows, title):
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_yticks([t for t in (0.5, 1, 2, 3, 5, 10, 20, 50)
+    axes.set_yticks([t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50)
                      if min(1, *(r["ratio"] for r in rows)) * 0.8 <= t <= max(r["ratio"] for r in rows) * 1.25])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"))
     least = min(rows, key=lambda r: r["ratio"])
