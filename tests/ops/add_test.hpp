@@ -15,7 +15,7 @@ TEST_CASE_TEMPLATE("add: equals its definition, in place and strided", T, STORAG
       auto const db = test::upload<T>(b, rows, width);
       auto y = test::poisoned<T>(rows, width);
       add::forward(make_policy(), da, db, y);
-      test::check_close(test::download(y), sum, test::tolerance<T>());
+      test::check_close_each(test::download(y), sum, test::tolerance<T>());
       add::forward(make_policy(), da, db, da.as_view());
       test::check_equal(test::download(da), test::download(y), "in place");
 

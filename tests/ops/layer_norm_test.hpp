@@ -1,4 +1,5 @@
 #include "support/support.hpp"
+#include "support/sums.hpp"
 
 #include <blackmamba/ops/layer_norm/layer_norm.hpp>
 
@@ -97,6 +98,7 @@ result run_alone(problem const& p) {
 
 struct gradients {
   test::values d_s, d_weight, d_bias;
+  test::sums weight_sums = {}, bias_sums = {};  // of the reference: the last two with the size of their terms
 };
 
 /// S: the type that s was kept in. d_residual may be empty. The parameters' gradients start from `initial`.
@@ -121,7 +123,9 @@ gradients run_backward(problem const& p, result const& forward, test::values con
 /// The gradients' formulas, in double, from what forward kept.
 gradients reference_backward(problem const& p, result const& forward, test::values const& d_y, double initial = 0) {
   auto const start = test::values(static_cast<std::size_t>(p.width), initial);
-  gradients g{test::values(d_y.size()), start, start};
+  gradients g{test::values(d_y.size()), start, start, test::sums(start.size()), test::sums(start.size())};
+  for (auto* sums : {&g.weight_sums, &g.bias_sums})
+    for (auto& sum : *sums) sum.add(initial);
   double const n = static_cast<double>(p.width);
   for (std::size_t r = 0; r < forward.mean.size(); ++r) {
     auto const at = [&](std::size_t i) { return r * static_cast<std::size_t>(p.width) + i; };
@@ -132,6 +136,10 @@ gradients reference_backward(problem const& p, result const& forward, test::valu
       mean_gn += d_y[at(i)] * p.weight[i] * normal(i) / n;
       g.d_weight[i] += d_y[at(i)] * normal(i);
       g.d_bias[i] += d_y[at(i)];
+      // The deviation from the mean carries the rounding of both, in forward's mean as here.
+      g.weight_sums[i].add(d_y[at(i)] * normal(i));
+      g.weight_sums[i].squares += std::pow(d_y[at(i)] * forward.mean[r] * forward.rstd[r], 2);
+      g.bias_sums[i].add(d_y[at(i)]);
     }
     for (std::size_t i = 0; i < p.weight.size(); ++i)
       g.d_s[at(i)] = forward.rstd[r] * (d_y[at(i)] * p.weight[i] - mean_g - normal(i) * mean_gn);
@@ -161,11 +169,11 @@ TEST_CASE_TEMPLATE("layer_norm: equals its definition at every size and type", T
             test::check_close_at_scale(actual.y, expected.y, scale_of_y(q, expected), test::tolerance<T>(width), "y");
             test::check_close_at_scale(actual.mean, expected.mean, largest(expected.sum), test::tolerance<A>(width),
                                        "mean");
-            test::check_close(actual.rstd, expected.rstd, test::tolerance<A>(width) * scale_of_rstd(q, expected),
+            test::check_close_each(actual.rstd, expected.rstd, test::tolerance<A>(width) * scale_of_rstd(q, expected),
                               "rstd");
           };
           auto const actual = run<T>(q);
-          test::check_close(actual.sum, expected.sum, test::tolerance<A>(), "sum");
+          test::check_close_each(actual.sum, expected.sum, test::tolerance<A>(), "sum");
           check(actual);
           if (!with_residual) check(run_alone<T>(q));
         }
@@ -189,8 +197,8 @@ TEST_CASE_TEMPLATE("layer_norm: backward equals its formulas at every type, wher
            {run_backward<T, T>(p, forward, d_y, {}, 2.0), run_backward<T, accum_t<T>>(p, forward, d_y, {}, 2.0)}) {
         test::check_close_at_scale(actual.d_s, expected.d_s, scale_of_d_s(p, forward, d_y), test::tolerance<T>(width),
                                    "d_s");
-        test::check_close(actual.d_weight, expected.d_weight, test::tolerance<accum_t<T>>(rows), "d_weight");
-        test::check_close(actual.d_bias, expected.d_bias, test::tolerance<accum_t<T>>(rows), "d_bias");
+        test::check_sums<accum_t<T>>(actual.d_weight, expected.weight_sums, rows + 1, "d_weight");
+        test::check_sums<accum_t<T>>(actual.d_bias, expected.bias_sums, rows + 1, "d_bias");
       }
     }
 }

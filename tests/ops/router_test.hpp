@@ -128,7 +128,7 @@ TEST_CASE_TEMPLATE("router: equals its definition at every size, gate and number
                             with_offset ? coarse(experts, 2) : test::values{}, {.gate = gate}};
             auto const expected = reference(p), actual = run<A>(p);
             test::check_equal(actual.expert, expected.expert, "expert");
-            test::check_close(actual.gate, expected.gate, test::tolerance<A>(experts), "gate");
+            test::check_close_each(actual.gate, expected.gate, test::tolerance<A>(experts), "gate");
             CHECK(actual.non_finite_rows == 0);
           }
       }
@@ -162,7 +162,7 @@ TEST_CASE("router: logits shifted by 1e4, and the largest that there are, choose
     for (auto& x : moved.logits) x += shift;
     auto const actual = run<float>(moved);
     test::check_equal(actual.expert, expected.expert, "expert");
-    test::check_close(actual.gate, expected.gate, test::tolerance<float>(8), "gate");
+    test::check_close_each(actual.gate, expected.gate, test::tolerance<float>(8), "gate");
   }
   auto const extreme = run<float>({1, 3, 1, {-3e38, 3e38, 1}, {}, {.gate = gate_function::softmax}});
   CHECK(extreme.expert[0] == 1);

@@ -1,5 +1,6 @@
 #pragma once
 #include "support/support.hpp"
+#include "support/sums.hpp"
 
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
 
@@ -265,12 +266,50 @@ double state_tolerance(std::int64_t steps) {
   return test::tolerance<accum_t<T>>(16 * steps + 16);
 }
 
+/// A decay below the normal numbers may be the smallest of them, times steps of 1000 and what decays.
+template <class T>
+constexpr double least = std::is_same_v<T, half> ? 0x1p-25 : 0x1p-90;
+
 template <class T, int N>
 void check_forward(problem const& p) {
-  auto const expected = reference(p);
+  outputs magnitude;
+  auto const expected = reference(p, &magnitude);
   auto const actual = run<T, N>(p);
+  test::check_within<T>(actual.y, expected.y, magnitude.y, 16 * p.length + N, "y", least<T>);
+  test::check_within<accum_t<T>>(actual.final_state, expected.final_state, magnitude.final_state, 16 * p.length + 16,
+                                 "final_state", least<accum_t<T>>);
   test::check_close(actual.y, expected.y, test::tolerance<T>(p.length * N), "y");
   test::check_close(actual.final_state, expected.final_state, state_tolerance<T>(p.length), "final_state");
+}
+
+/// The gradients of a problem, within a bound for each element: states and their gradients carry what they gather over
+/// the steps; then come sums over states, channels, or steps of all sequences.
+template <class T, int N>
+void check_gradients(problem const& p, values const& d_y, values const& d_final, derivatives const& actual,
+                     derivatives const& expected, std::string const& text = {}) {
+  using A = accum_t<T>;
+  auto const absolute = [](values v) {
+    for (auto& x : v) x = std::abs(x);
+    return v;
+  };
+  problem positive = p;
+  for (auto* v : {&positive.u, &positive.B, &positive.C, &positive.D, &positive.z, &positive.initial})
+    *v = absolute(*v);
+  auto const magnitude = reference_backward(positive, absolute(d_y), absolute(d_final), true);
+  auto const check = [&]<class V>(V, values derivatives::* of, std::int64_t terms, char const* what) {
+    test::check_within<V>(actual.*of, expected.*of, magnitude.*of, 32 * p.length + terms, text + what,
+                          least<V>);
+  };
+  std::int64_t const steps = p.batch * p.length;
+  check(T{}, &derivatives::d_u, N, "d_u");
+  check(T{}, &derivatives::d_delta, N, "d_delta");
+  check(A{}, &derivatives::d_A, steps, "d_A");
+  check(T{}, &derivatives::d_B, p.channels, "d_B");
+  check(T{}, &derivatives::d_C, p.channels, "d_C");
+  check(A{}, &derivatives::d_initial, N, "d_initial_state");
+  if (!p.z.empty()) check(T{}, &derivatives::d_z, N, "d_z");
+  if (!p.D.empty()) check(A{}, &derivatives::d_D, steps, "d_D");
+  if (!p.bias.empty()) check(A{}, &derivatives::d_bias, N + steps, "d_delta_bias");
 }
 
 template <class T, int N>
@@ -279,6 +318,7 @@ void check_backward(problem const& p) {
   auto const d_final = test::rounded<accum_t<T>>(test::random_normal(p.sequences() * p.channels * p.states, 22));
   auto const e = reference_backward(p, d_y, d_final);
   auto const a = run_backward<T, N>(p, d_y, d_final);
+  check_gradients<T, N>(p, d_y, d_final, a, e);
   auto const in_T = [&](std::int64_t terms) { return test::tolerance<T>(terms); };
   auto const in_A = [&](std::int64_t terms) { return test::tolerance<accum_t<T>>(terms); };
   std::int64_t const steps = p.batch * p.length;

@@ -186,11 +186,11 @@ TEST_CASE("sinkhorn: the solution equals the definition's, iterated to the end i
     for (bool newton : {false, true}) {
       p.options = {.tolerance = 1e-12, .newton = newton};
       auto const r = run<double>(p);
-      test::check_close(r.offset, expected, 1e-10, "offset");
+      test::check_close_each(r.offset, expected, 1e-10, "offset");
       CHECK(static_cast<double>(r.report.error) <= 1e-12);
     }
     p.options = {.tolerance = 1e-6};
-    test::check_close(run<float>(p).offset, expected, 1e-5, "offset in float");
+    test::check_close_each(run<float>(p).offset, expected, 1e-5, "offset in float");
   }
 }
 
@@ -199,7 +199,7 @@ TEST_CASE("sinkhorn: a number of passes fixed before is kept, and without Newton
   for (int n : {1, 2, 5}) {
     p.options = {.fixed_passes = n, .newton = false};
     auto const r = run<double>(p);
-    test::check_close(r.offset, fixed_point(p, n), 1e-12, "offset");
+    test::check_close_each(r.offset, fixed_point(p, n), 1e-12, "offset");
     CHECK(r.report.passes == n);
     CHECK(static_cast<double>(r.report.error) == doctest::Approx(error_of(p, r.offset)).epsilon(1e-5));
     p.options.newton = true;
@@ -229,8 +229,8 @@ TEST_CASE("sinkhorn: the plan's rows sum to 1/M and its columns to 1/E") {
           row[at(i)] += r.plan[at(i * experts + j)];
           column[at(j)] += r.plan[at(i * experts + j)];
         }
-      test::check_close(row, test::values(at(rows), 1 / static_cast<double>(rows)), 1e-14, "rows");
-      test::check_close(column, test::values(at(experts), 1 / static_cast<double>(experts)), 1e-10, "columns");
+      test::check_close_each(row, test::values(at(rows), 1 / static_cast<double>(rows)), 1e-14, "rows");
+      test::check_close_each(column, test::values(at(experts), 1 / static_cast<double>(experts)), 1e-10, "columns");
     }
 }
 
@@ -346,7 +346,7 @@ TEST_CASE("sinkhorn: rows that are not finite have no vote, and are counted") {
   for (auto m : {mode::sound, mode::reference, mode::ones}) {
     p.options = without.options = {.mode = m, .tolerance = m == mode::sound ? 1e-5 : 0, .max_passes = 20};
     auto const r = run<float>(p), expected = run<float>(without);
-    test::check_close(r.offset, expected.offset, 1e-4, "offset");
+    test::check_close_each(r.offset, expected.offset, 1e-4, "offset");
     CHECK(r.report.non_finite_rows == 10);
     CHECK(r.report.passes == expected.report.passes);
     CHECK(std::abs(static_cast<double>(r.report.error) - error_of(p, r.offset)) < 1e-4);
@@ -386,8 +386,8 @@ TEST_CASE_TEMPLATE("sinkhorn: reference and ones equal the published loop", A, f
           normalise(g);
           for (std::size_t i = 0; i < expected.k.size(); ++i)
             plan.push_back(static_cast<double>(expected.d1[i % 8] * expected.k[i] * expected.d0[i / 8]));
-          test::check_close(r.offset, g, 200 * test::unit_roundoff<A>(), "offset");
-          test::check_close(r.plan, plan, 200 * test::unit_roundoff<A>(), "plan");
+          test::check_close_each(r.offset, g, 200 * test::unit_roundoff<A>(), "offset");
+          test::check_close_each(r.plan, plan, 200 * test::unit_roundoff<A>(), "plan");
           CHECK(std::abs(static_cast<double>(r.report.error) - error_of(p, r.offset)) < 1e-5);
         }
 }
@@ -477,7 +477,7 @@ TEST_CASE("sinkhorn: the safeguard around Newton's step, its damping, and the eq
     for (std::int64_t j = 0; j < n; ++j)
       for (std::int64_t k = 0; k < n; ++k)
         if (j != k) product[at(j)] += graph[at(j * n + k)] * (step[at(j)] - step[at(k)]);
-    if (n > 1) test::check_close(product, b, 1e-12, "L d");
+    if (n > 1) test::check_close_each(product, b, 1e-12, "L d");
   }
   test::values apart = {0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 0}, b = {0.1, 0.1, -0.1, -0.1};
   CHECK_FALSE(math::sinkhorn_newton_step(4, apart.data(), b.data()));
