@@ -1,5 +1,5 @@
-#include "support/support.hpp"
 #include "support/sums.hpp"
+#include "support/support.hpp"
 #include "support/thread_counts.hpp"
 
 #include <blackmamba/ops/associative_scan/associative_scan.hpp>

@@ -1,5 +1,5 @@
-#include "support/support.hpp"
 #include "support/sums.hpp"
+#include "support/support.hpp"
 
 #include <blackmamba/ops/linear/linear.hpp>
 

@@ -1,5 +1,5 @@
-#include "support/support.hpp"
 #include "support/sums.hpp"
+#include "support/support.hpp"
 
 #include <blackmamba/ops/rms_norm/rms_norm.hpp>
 

@@ -1,6 +1,6 @@
 #pragma once
-#include "support/support.hpp"
 #include "support/sums.hpp"
+#include "support/support.hpp"
 
 #include <blackmamba/ops/selective_scan/selective_scan.hpp>
 
