@@ -17,7 +17,7 @@
 /// expert_mlp of very few tokens on Hopper, in one launch: to read the weights of their experts is all there is to do.
 /// Each block has a part of the first product's rows, then of the second's, and one thread has the copy engine bring
 /// them through a ring in shared memory, in one stream: while the blocks wait for each other between the two products,
-/// the second one's weights arrive. Then all warps share these rows' depth, by tensor cores. The launch begins early.
+/// the second one's weights arrive. Then all warps share these rows' depth, by tensor cores.
 /// Kernels: (one row, up to four) for each activation and T.
 namespace blackmamba::cuda::detail {
 
@@ -173,7 +173,6 @@ __global__ void __launch_bounds__(few::threads, 1)
         phase_barrier::publish_init();
       }
     } else if (warp == 0) {
-      wait_for_launch_ahead();
       int count = 0;
       for (std::int64_t first = 0; first < p.experts; first += 32) {
         std::int64_t const e = first + lane;
@@ -190,12 +189,10 @@ __global__ void __launch_bounds__(few::threads, 1)
       }
       if (lane == 0) g.count = count;
     } else if (warp == 1 && lane < p.tokens) {
-      wait_for_launch_ahead();
       int const token = p.source[lane];
       g.token[lane] = token;
       g.gate[lane] = token >= 0 ? p.gate[token * p.gate_stride] : 0.0f;
     } else if (warp > 1) {
-      wait_for_launch_ahead();
       for (std::int64_t t = blockIdx.x; t < p.tokens; t += gridDim.x)
         if (p.row[t] < 0)
           for (int c = static_cast<int>(threadIdx.x) - 64; c < width; c += 32 * (few::warps - 2))
@@ -359,8 +356,7 @@ bool expert_mlp_of_few_tokens(char const* op, device::cuda const& policy, few::a
          {.blocks = static_cast<unsigned>(properties().multiprocessors),
           .threads = few::threads,
           .shared_bytes = static_cast<std::size_t>(ring.stages * ring.stage_bytes + rows_bytes),
-          .cooperative = true,
-          .early = true},
+          .cooperative = true},
          kernel, p, ring);
   return true;
 }
