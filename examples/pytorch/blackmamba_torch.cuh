@@ -5,9 +5,10 @@
 #include <blackmamba/core/view.hpp>
 #include <blackmamba/core/workspace.hpp>
 
+#include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>  // far less than torch/extension.h
 
 #include <cstddef>
 #include <cstdint>
