@@ -76,11 +76,12 @@ if(TARGET blackmamba::cuda AND NOT BLACKMAMBA_SANITIZE)
       string(REPLACE "90-real" "90a-real" CMAKE_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
       message(STATUS "blackmamba: CUDA code for the GPUs that are here: ${CMAKE_CUDA_ARCHITECTURES}")
     else()
-      # Nothing can run here: PTX that was not optimised says whether the code compiles, in half the time. The umbrella's
-      # test optimises and assembles it for two architectures.
+      # Nothing can run here: PTX says whether the code compiles, for tests without optimisation, which takes half the time.
+      # The umbrella's test optimises and assembles it for two architectures.
       set(CMAKE_CUDA_ARCHITECTURES 90a-virtual)
       set(blackmamba_cuda_compiled_only ON)
-      target_compile_options(blackmamba_developer INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-Xcicc=-O0>)
+      message(STATUS "blackmamba: no GPU is here: CUDA is compiled to PTX, tests without optimisation; for programs that run "
+        "elsewhere set CMAKE_CUDA_ARCHITECTURES")
     endif()
   endif()
   check_language(CUDA)

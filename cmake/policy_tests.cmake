@@ -34,6 +34,9 @@ target_link_libraries(blackmamba_test_main PUBLIC blackmamba_developer doctest::
 # Tests run for seconds and compile for minutes: one level of optimisation takes half the time of three. nvcc, whose
 # level is the host code's alone, wants to be told once.
 target_compile_options(blackmamba_test_main PUBLIC $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CONFIG:Release>>:-O1>)
+if(blackmamba_cuda_compiled_only)
+  target_compile_options(blackmamba_test_main PUBLIC $<$<COMPILE_LANGUAGE:CUDA>:-Xcicc=-O0>)
+endif()
 if(DEFINED CMAKE_CUDA_FLAGS_RELEASE)
   set(level -O1)
   if(blackmamba_cuda_compiled_only)

@@ -21,8 +21,9 @@ export LOGS=${LOGS:-$root/build/sanitize_cuda} LIMIT=${LIMIT:-1200} PATH=$PATH:/
 mkdir -p "$LOGS"
 
 # Several GPUs share the programs: those of CUDA_VISIBLE_DEVICES, or all.
-gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd, || true)}
-if [[ -z $gpus ]]; then echo "skipped: no CUDA device"; exit 0; fi
+gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd, || true)
+if [[ -n $gpus ]]; then gpus=${CUDA_VISIBLE_DEVICES-$gpus}; fi
+if [[ -z $gpus || $gpus == -* ]]; then echo "skipped: no CUDA device"; exit 0; fi
 export gpus
 command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is missing; it comes with the CUDA toolkit" >&2; exit 1; }
 
@@ -74,7 +75,7 @@ if ((${#chosen[@]} == 0)); then echo "no test program of the GPU in ${PROGRAMS:-
 runs=()
 for tool in ${TOOLS:-racecheck memcheck initcheck synccheck guard}; do
   for program in "${chosen[@]}"; do
-    if [[ $program == *_large_* && $tool != memcheck ]]; then continue; fi
+    if [[ $(basename "$program") == *_large_* && $tool != memcheck ]]; then continue; fi
     runs+=("$tool" "$program")
   done
 done
@@ -83,6 +84,7 @@ printf '%s\0' "${runs[@]}" |
   xargs -0 -n 2 --process-slot-var=place -P "${JOBS:-$(($(nproc) / 2 + 1))}" bash -c 'check "$@"' check |
   tee "$LOGS/summary.txt"
 
-clean=$(grep -c ' clean ' "$LOGS/summary.txt" || true)
-echo "$clean of $((${#runs[@]} / 2)) clean; logs in $LOGS"
-((clean == ${#runs[@]} / 2))
+count() { grep -c " $1 " "$LOGS/summary.txt" || true; }
+clean=$(count clean) skipped=$(count skipped)
+echo "$clean of $((${#runs[@]} / 2)) clean, $skipped skipped; logs in $LOGS"
+((clean + skipped == ${#runs[@]} / 2))
