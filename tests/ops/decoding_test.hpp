@@ -148,6 +148,7 @@ void check_scan_steps(std::int64_t batch, std::int64_t length, std::int64_t chan
     if (b + 1 == batch && length > 1) kept[index(b * length + 1)] = -1;
     if (b + 1 == batch) kept[index(b * length + length - 1)] = slots[index(b)];
   }
+  REQUIRE(slots.back() >= 0);
   auto const before = test::rounded<State>(test::random_normal(rows * width, 9));
   auto const device_slots = test::upload<std::int32_t>(as_values(slots), batch);
   auto const device_kept = test::upload<std::int32_t>(as_values(kept), batch, length);
@@ -191,7 +192,7 @@ void check_scan() {
     for (std::int64_t batch : {1, 4, 41}) check_scan_slots<T, State, 16>(batch, 40, all);
     check_scan_slots<T, State, 3>(5, 37, all);
     for (std::int64_t length : {1, 2, 8}) {
-      check_scan_steps<T, State, 16>(4, length, 40, all);
+      check_scan_steps<T, State, 16>(5, length, 40, all);
       check_scan_steps<T, State, 3>(2, length, 37, all);
     }
     check_scan_steps<T, State, 16>(33, 3, 9, all);
@@ -269,6 +270,7 @@ void check_convolution(std::int64_t batch, std::int64_t length, std::int64_t cha
     if (b + 1 == batch && length > 1) kept[index(b * length + 1)] = -1;
     if (b + 1 == batch) kept[index(b * length + length - 1)] = slots[index(b)];
   }
+  REQUIRE(slots.back() >= 0);
   auto const before = test::rounded<T>(test::random_normal(rows * width, 9));
   auto const x = test::rounded<T>(test::random_normal(batch * length * channels, 1));
   auto const weight = test::upload<accum_t<T>>(test::random_normal(channels * taps, 2), channels, taps);
@@ -337,7 +339,7 @@ void check_convolution(std::int64_t batch, std::int64_t length, std::int64_t cha
 TEST_CASE_TEMPLATE("causal_conv1d: states in slots and several tokens give the bits of plain steps", T, STORAGE_TYPES) {
   for (std::int64_t taps : {2, 3, 4})
     for (std::int64_t channels : {17, 200})
-      for (std::int64_t length : {1, 2, 8}) check_convolution<T>(4, length, channels, taps, taps != 3);
+      for (std::int64_t length : {1, 2, 8}) check_convolution<T>(5, length, channels, taps, taps != 3);
   check_convolution<T>(70, 3, 64, 4, true);
 }
 
@@ -382,14 +384,20 @@ TEST_CASE("selective_scan, causal_conv1d: slots that can't be are named") {
   CHECK(convolution({0, 1}) == "causal_conv1d.step: slots: got (2), expected (3)");
 
   auto const three = test::upload<std::int32_t>({4, -1, 0}, 3);
-  auto const steps = [&](values const& kept, bool with_slots) {
+  auto const run_steps = [&](in<test_policy, std::int32_t, dyn> slots, values const& kept) {
     auto const of = test::upload<std::int32_t>(kept, 3, static_cast<std::int64_t>(kept.size()) / 3);
-    return test::message_of<error>([&] {
-      selective_scan::token_inputs<test_policy, float, 2> in{
-          .u = tokens, .delta = tokens, .A = A, .B = tokens_B, .C = tokens_B, .kept_slots = of};
-      if (with_slots) in.slots = three;
-      selective_scan::steps<2>(make_policy(), in, state, y_tokens.as_view());
-    });
+    selective_scan::steps<2>(
+        make_policy(),
+        {.u = tokens, .delta = tokens, .A = A, .B = tokens_B, .C = tokens_B, .slots = slots, .kept_slots = of}, state,
+        y_tokens.as_view());
+  };
+  auto const steps_of = [&](in<test_policy, std::int32_t, dyn> slots, values const& kept) {
+    return test::message_of<error>([&] { run_steps(slots, kept); });
+  };
+  auto const steps = [&](values const& kept, bool with_slots) {
+    in<test_policy, std::int32_t, dyn> slots;
+    if (with_slots) slots = three;
+    return steps_of(slots, kept);
   };
   CHECK(steps({1, 2, 3}, true) == "selective_scan.steps: kept_slots: got (3, 1), expected (3, 2)");
   CHECK(steps(values(6), false) ==
@@ -411,6 +419,31 @@ TEST_CASE("selective_scan, causal_conv1d: slots that can't be are named") {
           "selective_scan.steps: kept_slots: got 4 twice, expected each row of states once");
     CHECK(steps({1, 2, 0, 0, 0, 7}, true) ==
           "selective_scan.steps: kept_slots: got 7 for sequence 2, expected rows of 5 states, or less than 0");
+    // What is wrong with slots is said of slots, whatever is kept.
+    auto const same = test::upload<std::int32_t>({2, -1, 2}, 3);
+    CHECK(steps_of(same, {0, 1, 0, 0, 3, 4}) ==
+          "selective_scan.steps: slots: got 2 twice, expected each row of states once");
+    // A sequence keeps one state in its own row, and what one without a state would keep doesn't matter.
+    run_steps(three, {1, 4, 9, 9, 0, 3});
+    CHECK(steps({4, 4, 0, 0, 1, 3}, true) ==
+          "selective_scan.steps: kept_slots: got 4 twice, expected each row of states once");
+    CHECK(steps({1, 1, 0, 0, 2, 3}, true) ==
+          "selective_scan.steps: kept_slots: got 1 twice, expected each row of states once");
+    // Also where the pool has no rows.
+    auto const first = test::upload<std::int32_t>({0, -1, -1}, 3);
+    tensor<test::test_space, float, dyn, dyn, dyn> const no_state(0, 4, 2), no_window(0, 3, 4);
+    CHECK(test::message_of<error>([&] {
+            selective_scan::step<2>(make_policy(), {.u = x, .delta = x, .A = A, .B = B, .C = B, .slots = first},
+                                    no_state.as_view(), y.as_view());
+          }) == "selective_scan.step: slots: got 0 for sequence 0, expected rows of 0 states, or less than 0");
+    CHECK(test::message_of<error>([&] {
+            causal_conv1d::step(make_policy(), {.x = x, .weight = taps, .slots = first}, no_window.as_view(),
+                                y.as_view());
+          }) == "causal_conv1d.step: slots: got 0 for sequence 0, expected rows of 0 states, or less than 0");
+    CHECK(test::message_of<error>([&] {
+            causal_conv1d::steps(make_policy(), {.x = tokens, .weight = taps, .slots = first}, no_window.as_view(),
+                                 y_tokens.as_view());
+          }) == "causal_conv1d.steps: slots: got 0 for sequence 0, expected rows of 0 states, or less than 0");
   } else {
     // Beyond the pool there is no state: nothing is read or written.
     auto const untouched = test::upload<float>(values(12, unwritten), 3, 4);

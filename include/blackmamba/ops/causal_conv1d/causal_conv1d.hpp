@@ -96,9 +96,10 @@ struct causal_conv1d {
   };
   /// y (B, D) and the state (B, K-1, D), moved on in place: forward at L = 1. y may alias x.
   ///
-  /// With slots the state is a pool (S, K-1, D): that of sequence b is row slots[b]. Where that is below 0, nothing is
-  /// read, and the row of y stays as it is. On a host, rows beyond the pool and rows that two sequences have are named;
-  /// on a device the first count as none, and the second leave a state that neither expects.
+  /// With slots the state is a pool (S, K-1, D): that of sequence b is row slots[b]. Where that is below 0, the row of y
+  /// stays as it is: nothing of the sequence's x is used, which must be readable all the same. On a host, rows beyond the
+  /// pool and rows that two sequences have are named; on a device the first count as none, and the second leave a state
+  /// that neither expects.
   template <device_policy P, storage T>
   static void step(P const& policy, std::type_identity_t<step_inputs<home<P>, T>> const& in,
                    std::type_identity_t<out<P, T, dyn, dyn, dyn>> state, out<P, T, dyn, dyn> y) {
@@ -106,13 +107,12 @@ struct causal_conv1d {
     auto const batch = y.extent(0), channels = y.extent(1);
     check_taps(op, in, channels);
     check_shape(op, "x", in.x, {batch, channels});
-    check_slots(op, in.slots, host_view<std::int32_t const, dyn, dyn>{}, state, batch, 1, in.weight.extent(1) - 1,
-                channels);
+    check_slots<P>(op, in.slots, host_view<std::int32_t const, dyn, dyn>{}, state, batch, 1, in.weight.extent(1) - 1,
+                   channels);
     if (y.size() > 0 && state.extent(0) > 0) backend_of<causal_conv1d, P>::step(policy, in, state, y);
   }
 
-  /// Up to most_tokens tokens of each sequence.
-  static constexpr std::int64_t most_tokens = 8;
+  /// Up to most_tokens tokens of each sequence (core/slots.hpp).
   template <device_policy P, storage T>
   struct token_inputs {
     in<P, T, dyn, dyn, dyn> x;           // (B, L, D)
@@ -131,10 +131,8 @@ struct causal_conv1d {
     constexpr char const* op = "causal_conv1d.steps";
     auto const batch = y.extent(0), length = y.extent(1), channels = y.extent(2);
     check_taps(op, in, channels);
-    check_that(length <= most_tokens, op, "y", std::to_string(length) + " tokens",
-               "at most " + std::to_string(most_tokens) + "; forward takes more");
     check_shape(op, "x", in.x, {batch, length, channels});
-    check_slots(op, in.slots, in.kept_slots, state, batch, length, in.weight.extent(1) - 1, channels);
+    check_slots<P>(op, in.slots, in.kept_slots, state, batch, length, in.weight.extent(1) - 1, channels);
     if (y.size() > 0 && state.extent(0) > 0) backend_of<causal_conv1d, P>::steps(policy, in, state, y);
   }
 

@@ -157,27 +157,14 @@ struct backend<causal_conv1d, device::cpu> {
   template <class T>
   static void step(device::cpu const& policy, causal_conv1d::step_inputs<device::cpu, T> const& in,
                    host_view<T, dyn, dyn, dyn> state, host_view<T, dyn, dyn> y) {
-    auto const one = [](auto const& x) {  // token of each sequence
-      using view_type = std::remove_cvref_t<decltype(x)>;
-      return host_view<typename view_type::element_type, dyn, dyn, dyn>(x.data(), {x.extent(0), 1, x.extent(1)},
-                                                                        {x.stride(0), x.stride(0), 1});
-    };
-    move_on("causal_conv1d.step", policy,
-            causal_conv1d::token_inputs<device::cpu, T>{
-                .x = one(in.x), .weight = in.weight, .bias = in.bias, .silu = in.silu, .slots = in.slots},
-            state, one(y));
+    steps(policy,
+          causal_conv1d::token_inputs<device::cpu, T>{
+              .x = as_one_token(in.x), .weight = in.weight, .bias = in.bias, .silu = in.silu, .slots = in.slots},
+          state, as_one_token(y));
   }
   template <class T>
   static void steps(device::cpu const& policy, causal_conv1d::token_inputs<device::cpu, T> const& in,
                     host_view<T, dyn, dyn, dyn> state, host_view<T, dyn, dyn, dyn> y) {
-    move_on("causal_conv1d.steps", policy, in, state, y);
-  }
-
- private:
-  template <class T>
-  static void move_on(char const* op, device::cpu const& policy, causal_conv1d::token_inputs<device::cpu, T> const& in,
-                      host_view<T, dyn, dyn, dyn> state, host_view<T, dyn, dyn, dyn> y) {
-    check_slot_numbers(op, in.slots, in.kept_slots, state.extent(0));
     using V = simd::pack<accum_t<T>>;
     std::int64_t const batch = y.extent(0), length = y.extent(1), channels = y.extent(2);
     std::int64_t const tiles = (channels + tile - 1) / tile;
@@ -201,11 +188,11 @@ struct backend<causal_conv1d, device::cpu> {
               for (int k = 0; k + 1 < K; ++k) past[k + 1] = simd::load<V>(state.row(slot, k) + channel, lanes);
               for (std::int64_t t = 0; t < length; ++t) {
                 shift(past, simd::load<V>(in.x.row(b, t) + channel, lanes));
-                if (in.kept_slots.present() && in.kept_slots(b, t) >= 0) leave(past, in.kept_slots(b, t));
+                std::int64_t const to = kept_slot_of(in.kept_slots, b, t, length, slot, state.extent(0));
+                if (to >= 0) leave(past, to);
                 V const p = w.at(d).apply(past);
                 simd::store(silu ? math::silu(p) : p, y.row(b, t) + channel, lanes);
               }
-              if (!in.kept_slots.present()) leave(past, slot);
             });
           }
         }
@@ -213,6 +200,7 @@ struct backend<causal_conv1d, device::cpu> {
     });
   }
 
+ private:
   using block = cpu::sequences::block;
   static constexpr std::int64_t steps_per_task = 256;  // of forward
   static constexpr std::int64_t steps_together = 8;

@@ -449,11 +449,7 @@ __global__ void __launch_bounds__(128)
       for (int k = 0; k + 1 < K; ++k) window[k] = window[k + 1];
     window[K - 1] = next;
     if (t + 1 < length) next = column_type::load(in.x.row(b, t + 1) + channel);
-    std::int64_t to = t + 1 < length ? -1 : slot;
-    if (in.kept_slots.present()) {
-      to = in.kept_slots.row(b)[t];
-      if (to >= state.extent(0)) to = -1;
-    }
+    std::int64_t const to = kept_slot_of(in.kept_slots, b, t, length, slot, state.extent(0));
     auto const result = convolution_result<T, K, N>(c, window, in.silu);
     if (to >= 0) convolution_leave<T, K, N>(state, to, channel, window);
     store_pack<N>(y.row(b, t) + channel, result);

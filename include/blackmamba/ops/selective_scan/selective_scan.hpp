@@ -30,9 +30,10 @@ namespace blackmamba {
 /// training keeps the state at the beginning of every chunk_length steps (checkpoints), and backward runs each chunk
 /// again. Bitwise repeatable, independent of the number of threads and of the other sequences. Asynchronous on cuda;
 /// there, long sequences are cut where batch and channels are few, by their sizes alone: in forward from 512 steps on
-/// (selective_scan_tuning.hpp; with 16 bits and sixteen states fewer are where rows lie in packs of eight), in backward
-/// from about 225, or 768 in a row of packed ones (selective_scan_backward_tuning.hpp). Calls that are cut differently
-/// agree to rounding. There, L is less than 2^31, and fewer than 2^32 bytes lie between two steps of a tensor.
+/// (selective_scan_tuning.hpp; some of those stay whole where T has 16 bits, N is 16 and rows begin at multiples of 16
+/// bytes), in backward from about 225, or 768 in a row of packed ones (selective_scan_backward_tuning.hpp). Calls that
+/// are cut differently agree to rounding. There, L is less than 2^31, and fewer than 2^32 bytes lie between two steps of
+/// a tensor.
 struct selective_scan {
   /// u, delta, z, B, C may be slices of wider tensors.
   template <device_policy P, storage T, int N>
@@ -193,9 +194,9 @@ struct selective_scan {
   /// y (B, D) and the state (B, D, N), moved on in place: forward at L = 1. y may alias u, delta or z.
   ///
   /// With slots the state is a pool (S, D, N) of more sequences than the batch has: that of sequence b is row slots[b].
-  /// Where that is below 0, nothing is read, and the row of y stays as it is. On a host, rows beyond the pool and rows
-  /// that two sequences have are named; on a device the first count as none, and the second leave a state that neither
-  /// expects.
+  /// Where that is below 0, the row of y stays as it is: nothing of the sequence's inputs is used, which must be readable
+  /// all the same. On a host, rows beyond the pool and rows that two sequences have are named; on a device the first
+  /// count as none, and the second leave a state that neither expects.
   ///
   ///   selective_scan::step<16>(policy, {.u = u, ..., .slots = slots}, pool, y);
   ///   selective_scan::step<16, bfloat16>(policy, {.u = u, ..., .slots = slots}, pool, y);  // states of 16 bits
@@ -218,12 +219,11 @@ struct selective_scan {
     check_shape(op, "C", in.C, {batch, N});
     check_optional_shape(op, "z", in.z, {batch, channels});
     check_parameters<N>(op, in, channels);
-    check_slots(op, in.slots, host_view<std::int32_t const, dyn, dyn>{}, state, batch, 1, channels, N);
+    check_slots<P>(op, in.slots, host_view<std::int32_t const, dyn, dyn>{}, state, batch, 1, channels, N);
     if (y.size() > 0 && state.extent(0) > 0) backend_of<selective_scan, P>::step(policy, in, state, y);
   }
 
-  /// Up to most_tokens tokens of each sequence.
-  static constexpr std::int64_t most_tokens = 8;
+  /// Up to most_tokens tokens of each sequence (core/slots.hpp).
   template <device_policy P, storage T, int N>
   struct token_inputs {
     in<P, T, dyn, dyn, dyn> u;               // (B, L, D)
@@ -259,15 +259,13 @@ struct selective_scan {
     constexpr char const* op = "selective_scan.steps";
     check_states<N>();
     auto const batch = y.extent(0), length = y.extent(1), channels = y.extent(2);
-    check_that(length <= most_tokens, op, "y", std::to_string(length) + " tokens",
-               "at most " + std::to_string(most_tokens) + "; forward takes more");
     check_shape(op, "u", in.u, {batch, length, channels});
     check_shape(op, "delta", in.delta, {batch, length, channels});
     check_shape(op, "B", in.B, {batch, length, N});
     check_shape(op, "C", in.C, {batch, length, N});
     check_optional_shape(op, "z", in.z, {batch, length, channels});
     check_parameters<N>(op, in, channels);
-    check_slots(op, in.slots, in.kept_slots, state, batch, length, channels, N);
+    check_slots<P>(op, in.slots, in.kept_slots, state, batch, length, channels, N);
     if (y.size() > 0 && state.extent(0) > 0) backend_of<selective_scan, P>::steps(policy, in, state, y);
   }
 

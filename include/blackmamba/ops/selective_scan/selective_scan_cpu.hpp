@@ -25,12 +25,6 @@ struct backend<selective_scan, device::cpu> {
   template <class T, int N, class State>
   static void steps(device::cpu const& policy, selective_scan::token_inputs<device::cpu, T, N> const& in,
                     host_view<State, dyn, dyn, dyn> state, host_view<T, dyn, dyn, dyn> y);
-
- private:
-  template <class T, int N, class State>
-  static void move_on(char const* op, device::cpu const& policy,
-                      selective_scan::token_inputs<device::cpu, T, N> const& in, host_view<State, dyn, dyn, dyn> state,
-                      host_view<T, dyn, dyn, dyn> y);
 };
 
 }  // namespace blackmamba

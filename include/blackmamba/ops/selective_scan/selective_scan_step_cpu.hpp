@@ -39,11 +39,8 @@ class step_worker {
     auto const row = [&](std::int64_t slot) { return state_rows{pool.row(slot, first_), pool.stride(1)}; };
     state_rows from = row(own);
     for (std::int64_t t = 0; t < length; ++t) {
-      state_rows to = row(own);
-      if (in_.kept_slots.present()) {
-        auto const kept = in_.kept_slots(b, t);
-        to = kept >= 0 ? row(kept) : state_rows{between_, N};
-      }
+      std::int64_t const kept = kept_slot_of(in_.kept_slots, b, t, length, own, pool.extent(0));
+      state_rows const to = kept >= 0 ? row(kept) : state_rows{between_, N};
       for (int n = 0; n < N; ++n) B_[n] = widen(in_.B(b, t, n));
       for (int n = 0; n < N; ++n) C_[n] = widen(in_.C(b, t, n));
       for (int c = 0; c < count_; c += V::lanes)
@@ -115,39 +112,25 @@ template <class T, int N, class State>
 void backend<selective_scan, device::cpu>::step(device::cpu const& policy,
                                                 selective_scan::step_inputs<device::cpu, T, N> const& in,
                                                 host_view<State, dyn, dyn, dyn> state, host_view<T, dyn, dyn> y) {
-  auto const one = [](auto const& x) {  // token of each sequence
-    using view_type = std::remove_cvref_t<decltype(x)>;
-    using tokens = host_view<typename view_type::element_type, dyn, dyn, dyn>;
-    return x.present() ? tokens(x.data(), {x.extent(0), 1, x.extent(1)}, {x.stride(0), x.stride(0), 1}) : tokens();
-  };
-  move_on("selective_scan.step", policy,
-          selective_scan::token_inputs<device::cpu, T, N>{.u = one(in.u),
-                                                          .delta = one(in.delta),
-                                                          .A = in.A,
-                                                          .B = one(in.B),
-                                                          .C = one(in.C),
-                                                          .D = in.D,
-                                                          .z = one(in.z),
-                                                          .delta_bias = in.delta_bias,
-                                                          .delta_softplus = in.delta_softplus,
-                                                          .A_is_log = in.A_is_log,
-                                                          .slots = in.slots},
-          state, one(y));
+  steps(policy,
+        selective_scan::token_inputs<device::cpu, T, N>{.u = as_one_token(in.u),
+                                                        .delta = as_one_token(in.delta),
+                                                        .A = in.A,
+                                                        .B = as_one_token(in.B),
+                                                        .C = as_one_token(in.C),
+                                                        .D = in.D,
+                                                        .z = as_one_token(in.z),
+                                                        .delta_bias = in.delta_bias,
+                                                        .delta_softplus = in.delta_softplus,
+                                                        .A_is_log = in.A_is_log,
+                                                        .slots = in.slots},
+        state, as_one_token(y));
 }
 
 template <class T, int N, class State>
 void backend<selective_scan, device::cpu>::steps(device::cpu const& policy,
                                                  selective_scan::token_inputs<device::cpu, T, N> const& in,
                                                  host_view<State, dyn, dyn, dyn> state, host_view<T, dyn, dyn, dyn> y) {
-  move_on("selective_scan.steps", policy, in, state, y);
-}
-
-template <class T, int N, class State>
-void backend<selective_scan, device::cpu>::move_on(char const* op, device::cpu const& policy,
-                                                   selective_scan::token_inputs<device::cpu, T, N> const& in,
-                                                   host_view<State, dyn, dyn, dyn> state,
-                                                   host_view<T, dyn, dyn, dyn> y) {
-  check_slot_numbers(op, in.slots, in.kept_slots, state.extent(0));
   using worker = selective_scan_tiles::step_worker<T, N, State>;
   std::int64_t const batch = y.extent(0), channels = y.extent(2);
   std::int64_t const width = selective_scan_tiles::group_width<worker::V::lanes>(worker::most_channels, channels, batch,

@@ -244,11 +244,7 @@ __global__ void __launch_bounds__(128)
   for (int t = 0; t < length; ++t) {
     token const x = next;
     if (t + 1 < length) next = fetch(t + 1);
-    std::int64_t to = t + 1 < length ? -1 : slot;
-    if (in.kept_slots.present()) {
-      to = in.kept_slots.row(b)[t];
-      if (to >= state.extent(0)) to = -1;
-    }
+    std::int64_t const to = kept_slot_of(in.kept_slots, b, t, length, slot, state.extent(0));
     A const dt = of_channel.step_of(x.delta[0]);
     A sum = of_channel.advance([&](int k, int q) { return h[k][q]; }, x.b, x.c, dt, times(dt, x.u[0]),
                                [&](int k, pack<A, K> const& moved) {
