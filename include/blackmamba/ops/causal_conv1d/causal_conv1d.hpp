@@ -96,10 +96,10 @@ struct causal_conv1d {
   };
   /// y (B, D) and the state (B, K-1, D), moved on in place: forward at L = 1. y may alias x.
   ///
-  /// With slots the state is a pool (S, K-1, D): that of sequence b is row slots[b]. Where that is below 0, the row of y
-  /// stays as it is: nothing of the sequence's x is used, which must be readable all the same. On a host, rows beyond the
-  /// pool and rows that two sequences have are named; on a device the first count as none, and the second leave a state
-  /// that neither expects.
+  /// With slots the state is a pool (S, K-1, D): that of sequence b is row slots[b]. Where that is below 0, nothing of
+  /// the sequence's x is used, which must be readable all the same, and the row of y stays as it is. On a host, rows
+  /// beyond the pool and rows that two sequences have are named; on a device the first count as none, and the second
+  /// leave a state that neither expects.
   template <device_policy P, storage T>
   static void step(P const& policy, std::type_identity_t<step_inputs<home<P>, T>> const& in,
                    std::type_identity_t<out<P, T, dyn, dyn, dyn>> state, out<P, T, dyn, dyn> y) {

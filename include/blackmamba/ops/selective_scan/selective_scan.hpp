@@ -32,8 +32,8 @@ namespace blackmamba {
 /// there, long sequences are cut where batch and channels are few, by their sizes alone: in forward from 512 steps on
 /// (selective_scan_tuning.hpp; some of those stay whole where T has 16 bits, N is 16 and rows begin at multiples of 16
 /// bytes), in backward from about 225, or 768 in a row of packed ones (selective_scan_backward_tuning.hpp). Calls that
-/// are cut differently agree to rounding. There, L is less than 2^31, and fewer than 2^32 bytes lie between two steps of
-/// a tensor.
+/// are cut differently agree to rounding. There, L is less than 2^31, and fewer than 2^32 bytes lie between two steps
+/// of a tensor.
 struct selective_scan {
   /// u, delta, z, B, C may be slices of wider tensors.
   template <device_policy P, storage T, int N>
@@ -194,9 +194,9 @@ struct selective_scan {
   /// y (B, D) and the state (B, D, N), moved on in place: forward at L = 1. y may alias u, delta or z.
   ///
   /// With slots the state is a pool (S, D, N) of more sequences than the batch has: that of sequence b is row slots[b].
-  /// Where that is below 0, the row of y stays as it is: nothing of the sequence's inputs is used, which must be readable
-  /// all the same. On a host, rows beyond the pool and rows that two sequences have are named; on a device the first
-  /// count as none, and the second leave a state that neither expects.
+  /// Where that is below 0, nothing of the sequence's inputs is used, which must be readable all the same, and the row
+  /// of y stays as it is. On a host, rows beyond the pool and rows that two sequences have are named; on a device the
+  /// first count as none, and the second leave a state that neither expects.
   ///
   ///   selective_scan::step<16>(policy, {.u = u, ..., .slots = slots}, pool, y);
   ///   selective_scan::step<16, bfloat16>(policy, {.u = u, ..., .slots = slots}, pool, y);  // states of 16 bits

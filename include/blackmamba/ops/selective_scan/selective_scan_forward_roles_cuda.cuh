@@ -110,24 +110,27 @@ __global__ void __launch_bounds__(256, 3)
       A const* const C = shared + shape::C + (k & 1) * shape::projection + lane * Q;
       A* const sums = shared + shape::sums + (k & 1) * shape::sum + thread / 32 * (32 * Pair) + thread % 32;
       using entries = std::conditional_t<shape::narrow, raw_pack<T, Q>, pack<A, Q>>;
+      struct nothing {};
       struct step_inputs {
         pack<A, 2 * Pair> time;
-        entries b, c;
+        entries b;
+        std::conditional_t<Outputs, entries, nothing> c;
       };
       auto const load = [&](int i) {
         step_inputs x;
         x.time = load_pack<2 * Pair>(times_of + i * (2 * shape::channels));
         if constexpr (shape::narrow) {
           uint4 const both = *reinterpret_cast<uint4 const*>(B + i * N);
-          x.b.w[0] = {both.x, both.y}, x.c.w[0] = {both.z, both.w};
+          x.b.w[0] = {both.x, both.y};
+          if constexpr (Outputs) x.c.w[0] = {both.z, both.w};
         } else {
           x.b = load_pack<Q>(B + i * N);
-          if (Outputs) x.c = load_pack<Q>(C + i * N);
+          if constexpr (Outputs) x.c = load_pack<Q>(C + i * N);
         }
         return x;
       };
-      auto const wide = [](entries const& x) {
-        if constexpr (shape::narrow)
+      auto const wide = [](auto const& x) {
+        if constexpr (std::is_same_v<decltype(x), raw_pack<T, Q> const&>)
           return x.widened();
         else
           return x;
@@ -150,7 +153,8 @@ __global__ void __launch_bounds__(256, 3)
       for (int i = 0; i < Tile; ++i) {
         auto const now = x[i % ahead];
         if (i + ahead < Tile) x[i % ahead] = load(i + ahead);
-        pack<A, Q> const b = wide(now.b), c = wide(now.c);
+        pack<A, Q> const b = wide(now.b);
+        [[maybe_unused]] auto const c = wide(now.c);
 #pragma unroll
         for (int j = 0; j < Pair; ++j) {
           A sum{};
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(256, 3)
           for (int q = 0; q < Q; ++q) {
             A& h = state[j].h[q];
             h = math::fma(decay[j][q], h, times(now.time[2 * j + 1], b[q]));
-            if (Outputs) sum = q == 0 ? times(c[q], h) : math::fma(c[q], h, sum);
+            if constexpr (Outputs) sum = q == 0 ? times(c[q], h) : math::fma(c[q], h, sum);
           }
           if (Outputs) sums[i * (4 * shape::channels) + j * 32] = sum;
         }
