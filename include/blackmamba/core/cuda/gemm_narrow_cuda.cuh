@@ -106,7 +106,7 @@ __device__ __forceinline__ void sixteen_rows_by_few(parts& to, T const* many, st
   int const lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   float sum[1][4] = {};
   add_steps<T, 1, 6>(sum, {many, left}, {many + 8 * many_stride, left - 8}, many_stride, few, few_stride, few_rows, k,
-                  warp, parts::warps);
+                     warp, parts::warps);
 #pragma unroll
   for (int e = 0; e < 4; ++e) to.part[warp][lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2] = sum[0][e];
   __syncthreads();

@@ -390,6 +390,8 @@ bool wgmma_product_of_shape(char const* op, device::cuda const& policy, product<
   // An operand of one group that is cut along the depth must lie across, so that groups end between its rows.
   bool const by_depth = x.groups.by == grouping::depth;
   if (by_depth && (AlongA || AlongB)) return false;
+  // What produce() fetches before it waits counts as whole stages of one group.
+  BLACKMAMBA_ASSERT(!(x.early && by_depth));
   // The registers do not suffice for sums with 16-bit elements of C.
   if (sizeof(TC) == 2 && (by_depth || x.mode == update::accumulate)) return false;
   constexpr int columns = wgmma::result_columns<Shape, Result>;

@@ -89,7 +89,9 @@ struct product {
   accum_t<TC> const* bias = nullptr;
   product_groups groups = {};
   Result result = {};
-  bool early = false;  ///< B, bias, groups and what Result reads are older than the kernel before on the stream
+  /// B, bias, groups and what Result reads are older than the kernel before on the stream: what reads them may begin
+  /// before that has ended. Not with groups of the depth.
+  bool early = false;
 };
 
 namespace detail {

@@ -51,6 +51,7 @@ struct backend<expert_mlp, device::cuda> {
       using gated = cuda::gated_units<detail::gate_function_of<typename Activation::function, T>, T>;
       auto x = product_of<T, gated>(in, keep.permuted, in.fc1, in.fc1_bias, keep.activated);
       x.result = {.both = keep.h.data(), .both_stride = keep.h.stride(0)};
+      x.early = true;  // permute waits for all that is older, the plan included, before it lets this one begin
       if (!cuda::gemm_groups_gated("expert_mlp", policy, x))
         throw cuda_error("expert_mlp: " + cuda::detail::device_text() + " has no path for products of 16-bit operands");
     }
@@ -65,6 +66,10 @@ struct backend<expert_mlp, device::cuda> {
                     .row = in.plan.row.data(),
                     .gate = in.gate.data(),
                     .gate_apart = in.gate.stride(0)};
+        // Gated: the first product lets this one begin at once, but began itself when the plan and the gates, older
+        // than permute, were there, as above; and it ends after permute, for which it waits. Else the activation's
+        // kernel is between the two, which begins when all before it has ended and lets nobody begin early.
+        x.early = true;
         if (cuda::gemm_groups_to_tokens("expert_mlp", policy, x)) return;
       }
     steps::combined(policy, in, keep, y);
@@ -164,8 +169,7 @@ struct backend<expert_mlp, device::cuda> {
                        .count = weight.extent(0),
                        .offsets = in.plan.offsets.data(),
                        .b_apart = weight.stride(0),
-                       .bias_apart = bias.stride(0)},
-            .early = true};  // one is behind permute, which nothing older lets begin early, the other behind the first
+                       .bias_apart = bias.stride(0)}};
   }
 };
 
