@@ -118,11 +118,12 @@ std::vector<tensor> scan_backward(tensor u, tensor delta, tensor A, tensor B, te
 }
 
 /// One token: the state (batch, channels, states), float32 or like u, moves on in place; with slots (batch), int32, it
-/// is a pool, and slots[b] the row of sequence b. @returns y (batch, channels), unwritten where a slot is negative
+/// is a pool, and slots[b] the row of sequence b. @returns y (batch, channels), zero where a slot is negative or beyond
+/// the pool
 tensor state_update(tensor state, tensor u, tensor delta, tensor A, tensor B, tensor C, optional_tensor D,
                     optional_tensor z, optional_tensor delta_bias, bool delta_softplus, optional_tensor slots) {
   c10::cuda::CUDAGuard const guard(u.device());
-  auto y = at::empty(u.sizes(), u.options());
+  auto y = slots ? at::zeros(u.sizes(), u.options()) : at::empty(u.sizes(), u.options());
   for_type(u, [&]<class T>(T) {
     for_states(d_states{}, A.size(1), [&]<int N>(std::integral_constant<int, N>) {
       bm::selective_scan::step_inputs<bm::device::cuda, T, N> const in{

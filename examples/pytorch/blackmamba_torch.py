@@ -146,8 +146,8 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
                            state_batch_indices=None):
     """state: (batch, channels, states), float32 or like x, moved on in place; x, dt, z: (batch, channels);
     A: (channels, states); B, C: (batch, states); D, dt_bias: (channels). With state_batch_indices (batch), the state is a
-    pool (rows, channels, states) of which sequence b has row state_batch_indices[b]; where that is negative nothing is
-    read, and the row of the result is not written. Returns (batch, channels). No gradient."""
+    pool (rows, channels, states) of which sequence b has row state_batch_indices[b]; where that is negative or beyond
+    the pool, no state is moved on, and the row of the result is zero. Returns (batch, channels). No gradient."""
     if state.dtype not in (torch.float32, x.dtype) or state.stride(2) != 1:
         raise TypeError(f"selective_state_update: state: got {state.dtype}, stride {state.stride(2)}, expected float32 "
                         f"or {x.dtype}, stride 1")
