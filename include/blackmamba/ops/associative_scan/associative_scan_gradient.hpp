@@ -58,7 +58,7 @@ namespace detail {
 template <class E, class S>
 struct scan_components {
   static constexpr int count = static_cast<int>(sizeof(E) / sizeof(S));
-  S at[count];
+  S at[std::size_t{count}];
   BLACKMAMBA_HD static scan_components of(E const& e) { return __builtin_bit_cast(scan_components, e); }
   BLACKMAMBA_HD E element() const { return __builtin_bit_cast(E, *this); }
   /// Zeros, but for a one in place k.
@@ -81,7 +81,7 @@ template <class E, class S>
 struct scan_map {
   using components = scan_components<E, S>;
   static constexpr int n = components::count;
-  S m[n][n];
+  S m[std::size_t{n}][std::size_t{n}];
   components v;
   BLACKMAMBA_HD explicit operator E() const { return v.element(); }
 };
