@@ -168,7 +168,7 @@ struct planned_tokens {
         offsets(experts + 1),
         source(tokens),
         row(tokens) {}
-  router::selection<device::cuda, bfloat16> chosen() const { return {.expert = expert, .gate = gate}; }
+  router::selection<device::cuda, float> chosen() const { return {.expert = expert, .gate = gate}; }
   expert_dispatch::routing<device::cuda> plan() const { return {.offsets = offsets, .source = source, .row = row}; }
 };
 void to_plan(benchmark::State& state, bool from_tokens) {
@@ -181,12 +181,12 @@ void to_plan(benchmark::State& state, bool from_tokens) {
       router_dispatch::forward<device::cuda, bfloat16>(on, {.x = s.x, .weight = s.weight},
                                                        {.logits = s.logits, .chosen = s.chosen(), .plan = s.plan()});
     else
-      router_dispatch::from_logits<device::cuda, bfloat16>(on, {.logits = s.logits}, s.chosen(), s.plan());
+      router_dispatch::from_logits<device::cuda, float>(on, {.logits = s.logits}, s.chosen(), s.plan());
   };
   auto const steps = [&](device::cuda const& on, planned_tokens const& s) {
     if (from_tokens)
       linear::forward<device::cuda, float, bfloat16>(on, {.x = s.x, .weight = s.weight}, s.logits.as_view());
-    router::forward<device::cuda, bfloat16>(on, {.logits = s.logits}, s.chosen());
+    router::forward<device::cuda, float>(on, {.logits = s.logits}, s.chosen());
     expert_dispatch::plan(on, s.expert, s.plan());
   };
   std::size_t const scratch = std::size_t{64} << 20;

@@ -42,7 +42,7 @@ struct results {
         source(test::poisoned<std::int32_t>(p.rows * p.k)),
         row(test::poisoned<std::int32_t>(p.rows * p.k)),
         offsets(test::poisoned<std::int64_t>(p.experts + 1)) {}
-  router::selection<test_policy, T> chosen() const {
+  router::selection<test_policy, A> chosen() const {
     return {.expert = expert, .gate = gate, .non_finite_rows = refused};
   }
   expert_dispatch::routing<test_policy> plan() const { return {.offsets = offsets, .source = source, .row = row}; }
@@ -95,11 +95,11 @@ results<T> check(problem const& p, test_policy const& policy = make_policy()) {
       }
     test::check_sums<A>(test::download(r.logits), s, p.width + 1, "logits, " + p.name());
   }
-  router::inputs<test_policy, T> const in{.logits = r.logits, .offset = p.offset ? vector(offset) : vector()};
-  router::forward<test_policy, T>(make_policy(), in, steps.chosen(), how);
+  router::inputs<test_policy, A> const in{.logits = r.logits, .offset = p.offset ? vector(offset) : vector()};
+  router::forward<test_policy, A>(make_policy(), in, steps.chosen(), how);
   expert_dispatch::plan(make_policy(), steps.expert, steps.plan(), p.capacity);
   check_same(r, steps, p.name());
-  router_dispatch::from_logits<test_policy, T>(policy, in, again.chosen(), again.plan(), how, p.capacity);
+  router_dispatch::from_logits<test_policy, A>(policy, in, again.chosen(), again.plan(), how, p.capacity);
   check_same(again, steps, p.name() + ", from logits");
   return r;
 }
@@ -163,4 +163,10 @@ TEST_CASE("router_dispatch: shapes that disagree are named") {
           router_dispatch::forward<test_policy, float>(make_policy(), {.x = x, .weight = weight},
                                                        {.logits = r.logits, .chosen = r.chosen(), .plan = r.plan()});
         }) == "router_dispatch: weight: got (3, 7), expected (3, 8)");
+  auto const short_gate = test::poisoned<float>(3, 1);
+  auto chosen = r.chosen();
+  chosen.gate = short_gate;
+  CHECK(test::message_of<shape_error>([&] {
+          router_dispatch::from_logits<test_policy, float>(make_policy(), {.logits = r.logits}, chosen, r.plan());
+        }) == "router_dispatch.from_logits: chosen.gate: got (3, 1), expected (4, 1)");
 }

@@ -128,10 +128,8 @@ struct moe : stateless {
                                          how, capacity);
     } else {
       router_dispatch::forward<P, T>(c.policy, {.x = x, .weight = p.router, .bias = p.router_bias, .offset = offset},
-                                     {.logits = keep.logits,
-                                      .chosen = {chosen.expert, chosen.gate, chosen.non_finite_rows},
-                                      .plan = routing<P>(keep)},
-                                     how, capacity);
+                                     {.logits = keep.logits, .chosen = chosen, .plan = routing<P>(keep)}, how,
+                                     capacity);
     }
     if (c.training) balance::template after<P, A>(c, routing<P>(keep), p.balance_offset, k);
 

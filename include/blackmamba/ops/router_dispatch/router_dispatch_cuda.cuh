@@ -196,16 +196,15 @@ namespace blackmamba {
 
 template <>
 struct backend<router_dispatch, device::cuda> {
-  /// Whether one launch takes them.
+  static constexpr bool fused = true;  ///< forward and plan exist, for what the next two say
   template <class T>
-  static bool takes_tokens(std::int64_t rows, std::int64_t experts, std::int64_t) {
+  static bool takes_tokens(std::int64_t rows, std::int64_t experts) {
     if constexpr (cuda::tensor_core_operand<T>)
       return rows > 0 && rows <= cuda::detail::narrow::tile * most_blocks() && experts <= 8;
     else
       return false;
   }
-  template <class A>
-  static bool takes_logits(std::int64_t rows, std::int64_t experts, std::int64_t) {
+  static bool takes_logits(std::int64_t rows, std::int64_t experts) {
     return rows > 0 && rows <= cuda::detail::routed::most_threads * most_blocks() &&
            experts <= (rows <= 128 ? cuda::detail::routed::most_experts : 16);
   }
