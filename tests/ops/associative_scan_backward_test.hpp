@@ -5,7 +5,9 @@
 #include <blackmamba/ops/associative_scan/associative_scan.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 using namespace blackmamba;
 using test::test_space;
@@ -27,6 +29,8 @@ struct triangular {
     return {{d.p * b.p + d.q * b.q, d.q * b.r, d.r * b.r}, {d.p * a.p, d.q * a.p, d.q * a.q + d.r * a.r}};
   }
 };
+/// The same with what is visited first on the right.
+using mixing = scan_operator::exchanged<triangular<double>>;
 /// Elements and their numbers.
 template <class E>
 std::vector<E> elements_of(test::values const& v) {
@@ -227,6 +231,7 @@ test::values random_numbers(triangular<double>, std::int64_t n, std::uint64_t se
   for (std::size_t i = 1; i < v.size(); i += 3) v[i] -= 0.9;
   return v;
 }
+test::values random_numbers(mixing op, std::int64_t n, std::uint64_t seed) { return random_numbers(op.op, n, seed); }
 
 template <class Operator>
 problem random_problem(Operator op, problem p, std::uint64_t seed, bool states) {
@@ -275,8 +280,42 @@ TEST_CASE("scan_operator: the logarithm of nothing takes no gradient from log_su
   CHECK(even.d_a + even.d_b == 2);
 }
 
+TEST_CASE("scan_operator: log_sum_exp of infinity is infinity, and of what is no number no number") {
+  scan_operator::log_sum_exp<double> const op;
+  double const infinity = std::numeric_limits<double>::infinity(), no_number = std::nan("");
+  for (double const other : {-infinity, 0.0, 1.0, infinity, no_number}) {
+    CAPTURE(other);
+    auto const left = op.backward(no_number, other, 2), right = op.backward(other, no_number, 2);
+    for (double const x : {op(no_number, other), op(other, no_number), left.d_a, left.d_b, right.d_a, right.d_b})
+      CHECK(std::isnan(x));
+    bool const stays = other != other || (op(infinity, other) == infinity && op(other, infinity) == infinity);
+    CHECK(stays);
+  }
+  CHECK(op.backward(infinity, 1, 2).d_a == 2);
+  CHECK(op.backward(1, infinity, 2).d_a == 0);
+}
+
+TEST_CASE("associative_scan: a row of log_sum_exp is no number from the first one on that is none") {
+  std::int64_t const length = 600, bad = 70;
+  scan_operator::log_sum_exp<float> const op;
+  auto p = random_problem(scan_operator::log_sum_exp<double>{}, {.batch = 3, .length = length}, 1, true);
+  p.x[static_cast<std::size_t>(length + bad)] = std::numeric_limits<double>::quiet_NaN();
+  auto const x = test::upload<float>(p.x, 3, length);
+  auto const y = zeros<float>(make_policy(), 3, length);
+  associative_scan::forward(make_policy(), op, x, y);
+  auto const d = by_operator<float, 2>(op, p);
+  auto const forward = test::download(y.as_view());
+  std::int64_t wrong_y = 0, wrong_d_x = 0;
+  for (std::int64_t i = 0; i < 3 * length; ++i) {
+    wrong_y += std::isnan(forward[static_cast<std::size_t>(i)]) != (i >= length + bad && i < 2 * length);
+    wrong_d_x += std::isnan(d.d_x[static_cast<std::size_t>(i)]) != (i >= length && i < 2 * length);
+  }
+  CHECK(wrong_y == 0);
+  CHECK(wrong_d_x == 0);
+}
+
 TEST_CASE_TEMPLATE("associative_scan.backward: gradients are central differences", Operator,
-                   scan_operator::product<double>, scan_operator::composition<double>, triangular<double>) {
+                   scan_operator::composition<double>, mixing) {
   Operator const op{};
   for (int bits = 0; bits < 8; ++bits) {
     problem shape{.batch = 2, .length = 5, .channels = 2, .exclusive = (bits & 1) != 0, .reverse = (bits & 2) != 0};
@@ -300,7 +339,7 @@ TEST_CASE_TEMPLATE("associative_scan.backward: gradients are central differences
 }
 
 TEST_CASE_TEMPLATE("associative_scan.backward: is the loop of the chain rule at every size", Operator,
-                   scan_operator::product<double>, triangular<double>) {
+                   scan_operator::product<double>, scan_operator::composition<double>, mixing) {
   Operator const op{};
   auto const check = [&](problem const& p) {
     CAPTURE(p.batch);
@@ -381,7 +420,7 @@ TEST_CASE("associative_scan.backward: a sequence in two pieces is the whole one"
 }
 
 TEST_CASE_TEMPLATE("associative_scan.backward: the same bits in every run, for any number of threads", Operator,
-                   scan_operator::product<double>, triangular<double>) {
+                   scan_operator::product<double>, mixing) {
   auto const p = random_problem(Operator{}, {.length = 30000}, 3, true);
   auto const first = by_operator<scan_element<Operator>, 2>(Operator{}, p);
   test::each_thread_count({1, 2, 3}, [&](test_policy const& policy) {
@@ -392,7 +431,7 @@ TEST_CASE_TEMPLATE("associative_scan.backward: the same bits in every run, for a
 }
 
 TEST_CASE_TEMPLATE("associative_scan.backward: takes the scratch that it says", Operator,
-                   scan_operator::product<double>, triangular<double>) {
+                   scan_operator::product<double>, scan_operator::composition<double>, mixing) {
   using E = scan_element<Operator>;
   std::int64_t const length = 20000;
   tensor<test_space, E, dyn, dyn> x(1, length), y(1, length), d_y(1, length), d_x(1, length);

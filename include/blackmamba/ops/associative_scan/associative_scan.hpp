@@ -56,16 +56,7 @@ struct associative_scan {
                       view<typename P::memory_space, Y, M...> y,
                       std::type_identity_t<options<home<P>, scan_element<Operator>, sizeof...(N)>> const& how = {}) {
     using E = scan_element<Operator>;
-    static_assert(
-        associative_operator<Operator>,
-        "blackmamba: associative_scan: the operator can't combine two elements; give it E operator()(E a, E b) "
-        "const and E identity() const");
-    static_assert(
-        std::is_trivially_copyable_v<E>,
-        "blackmamba: associative_scan: the element type is not trivially copyable; scan indices or handles of "
-        "such objects instead");
-    static_assert(std::is_default_constructible_v<E>,
-                  "blackmamba: associative_scan: the element type has no default constructor; add one");
+    check_operator<Operator>();
     static_assert(
         scan_convertible<std::remove_const_t<X>, E>,
         "blackmamba: associative_scan: x does not convert to the operator's element type; add a conversion or "
@@ -116,6 +107,7 @@ struct associative_scan {
       view<typename P::memory_space, T, N...> d_x,
       std::type_identity_t<scan_state<P, scan_element<Operator>, sizeof...(N)>> d_initial = {}) {
     using E = scan_element<Operator>;
+    check_operator<Operator>();
     static_assert(differentiable_operator<Operator>,
                   "blackmamba: associative_scan.backward: the operator does not tell its gradient; give it "
                   "scan_gradient<E> backward(E a, E b, E d_c) const, which returns d_a and d_b for c = op(a, b)");
@@ -139,12 +131,13 @@ struct associative_scan {
     }
   }
 
-  /// One step of (B, L, D): state = op(state, x), in place; y (B, D) is the new state, and may be x. (The state before
-  /// the step is the exclusive result.)
+  /// One step of (B, L, D): state = op(state, x), in place; y (B, D) is the new state, and may be x where both hold the
+  /// same type. The state aliases neither. (As it is before the step, it is the exclusive result.)
   template <device_policy P, class Operator, class X, class Y>
   static void step(P const& policy, Operator const& op, view<typename P::memory_space, X, dyn, dyn> x,
                    std::type_identity_t<out<P, scan_element<Operator>, dyn, dyn>> state, out<P, Y, dyn, dyn> y) {
     using E = scan_element<Operator>;
+    check_operator<Operator>();
     static_assert(scan_convertible<std::remove_const_t<X>, E> && scan_convertible<E, Y>,
                   "blackmamba: associative_scan.step: x and y do not convert to the operator's element type and back; "
                   "add conversions");
@@ -178,6 +171,18 @@ struct associative_scan {
   }
 
  private:
+  template <class Operator>
+  static constexpr void check_operator() {
+    using E = scan_element<Operator>;
+    static_assert(associative_operator<Operator>,
+                  "blackmamba: associative_scan: the operator can't combine two elements; give it E operator()(E a, E "
+                  "b) const and E identity() const");
+    static_assert(std::is_trivially_copyable_v<E>,
+                  "blackmamba: associative_scan: the element type is not trivially copyable; scan indices or handles "
+                  "of such objects instead");
+    static_assert(std::is_default_constructible_v<E>,
+                  "blackmamba: associative_scan: the element type has no default constructor; add one");
+  }
   template <class Operator>
   static constexpr bool has_scalar = [] {
     using S = typename scan_scalar<Operator>::type;

@@ -100,11 +100,11 @@ struct log_sum_exp {
   static constexpr bool lane_wise = true;
   template <class V>
   BLACKMAMBA_HD V operator()(V a, V b) const {
+    using math::abs;
     using math::exp;
     using math::log1p_unit;
     using math::max;
-    using math::min;
-    return max(a, b) + log1p_unit(exp(finite(min(a, b)) - finite(max(a, b))));
+    return max(a, b) + log1p_unit(exp(-abs(finite(a) - finite(b))));
   }
   BLACKMAMBA_HD static E identity() { return E(-INFINITY); }
   BLACKMAMBA_HD scan_gradient<E> backward(E a, E b, E d_c) const {
@@ -113,12 +113,13 @@ struct log_sum_exp {
   }
 
  private:
-  /// Infinities have no difference; numbers of this size have, and e to its power is 0.
+  /// Infinities have no difference; numbers of this size have, and e to its power is 0. max and min return their second
+  /// argument where one is not a number: such an x stays, and so does the sum's.
   template <class V>
   BLACKMAMBA_HD static V finite(V x) {
     using math::max;
     using math::min;
-    return max(min(x, V(E(1e37))), V(E(-1e37)));
+    return max(V(E(-1e37)), min(V(E(1e37)), x));
   }
 };
 
