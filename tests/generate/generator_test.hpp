@@ -137,6 +137,22 @@ TEST_CASE("generate: streams what it returns, repeats with its seed, stops when 
   CHECK(generate(from, prompt, 0, {}, [](std::int32_t) { return true; }).empty());
 }
 
+TEST_CASE("generate: a model without attention goes on for as long as it is asked") {
+  net_type net(1, make_policy());
+  generator from(net);
+  CHECK(!from.grows());
+  constexpr auto without_end = std::numeric_limits<std::int64_t>::max();
+  for (std::size_t const n : {3u, 4u}) {
+    std::size_t count = 0;
+    CHECK(generate(from, prompt, without_end, {}, [&](std::int32_t) { return ++count < n; }).size() == n);
+  }
+  network<test::tiny_transformer, test_policy> attentive(1, make_policy());
+  generator bounded(attentive, {.capacity = 25});
+  CHECK(bounded.grows());
+  CHECK(test::message_of<value_error>([&] { generate(bounded, prompt, without_end); })
+            .starts_with("generate: capacity: got 0 tokens, a prompt of 5 and 9223372036854775807 to be made"));
+}
+
 TEST_CASE("generate: a text in several calls is the text in one") {
   net_type net(1, make_policy());
   network<test::tiny_transformer, test_policy> attentive(1, make_policy());

@@ -111,6 +111,8 @@ class generator {
     has_logits_ = false;
   }
   std::int64_t position() const { return state_.position(); }
+  /// Whether the state grows with the text, as attention's does, up to the capacity.
+  bool grows() const { return grows_; }
   /// Tokens that can be read yet: what attention's capacity leaves; without attention layers any number.
   std::int64_t room() const {
     return grows_ ? options_.capacity - state_.position() : std::numeric_limits<std::int64_t>::max();
@@ -221,7 +223,7 @@ std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int3
     throw value_error("generate: prompt: got no token, expected one at least where nothing was read since the "
                       "generator was built or its state restored");
   auto const read = static_cast<std::int64_t>(prompt.size());
-  if (read > from.room() || count > from.room() - read)
+  if (from.grows() && (read > from.room() || count > from.room() - read))
     throw value_error("generate: capacity: got " + std::to_string(from.position()) + " tokens, a prompt of " +
                       std::to_string(read) + " and " + std::to_string(count) + " to be made, expected at most " +
                       std::to_string(from.state().capacity()) +
