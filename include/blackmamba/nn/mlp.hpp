@@ -9,11 +9,28 @@
 namespace blackmamba {
 
 namespace detail {
+
+/// Columns of the first product. Where a function stands for a hidden activation, silu for swiglu, it is found here.
+template <class Activation>
+constexpr int first_product_width(int d_ff) {
+  constexpr bool complete = requires {
+    typename Activation::function;
+    Activation::gated;
+  };
+  static_assert(complete, "blackmamba: mlp, moe: the activation does not say whether it is gated; write swiglu, geglu, "
+                          "plain_silu, plain_gelu or hidden_activation<Function, Gated>");
+  if constexpr (complete)
+    return Activation::gated ? 2 * d_ff : d_ff;
+  else
+    return d_ff;
+}
+
 template <class Activation, class Visitor>
 void describe_activation(std::string const& prefix, Visitor&& v) {
   describe_name<typename Activation::function>(prefix + "activation", v);
   v(trait{prefix + "gated", Activation::gated ? "yes" : "no"});
 }
+
 }  // namespace detail
 
 /// out = linear_fc2(act(linear_fc1(hidden))): the dense layer that an expert is one of.

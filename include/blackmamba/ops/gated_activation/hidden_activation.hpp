@@ -19,21 +19,6 @@ using plain_gelu = hidden_activation<activation::gelu, false>;
 
 namespace detail {
 
-/// Columns of the first product. Where a function stands for a hidden activation, silu for swiglu, it is found here.
-template <class Activation>
-constexpr int first_product_width(int d_ff) {
-  constexpr bool complete = requires {
-    typename Activation::function;
-    Activation::gated;
-  };
-  static_assert(complete, "blackmamba: mlp, moe: the activation does not say whether it is gated; write swiglu, geglu, "
-                          "plain_silu, plain_gelu or hidden_activation<Function, Gated>");
-  if constexpr (complete)
-    return Activation::gated ? 2 * d_ff : d_ff;
-  else
-    return d_ff;
-}
-
 /// The activation on the first product's output h (rows, d_ff or 2 d_ff), of all rows or of the first row_count.
 template <class Activation, device_policy P, storage T>
 void activate(P const& policy, view<typename P::memory_space, T, dyn, dyn> h, std::int64_t d_ff,
