@@ -3,10 +3,12 @@
 
 #include <blackmamba/model/checkpoint.hpp>
 
+#include <clocale>
 #include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <string_view>
 #include <sys/resource.h>
 
 using namespace blackmamba;
@@ -18,6 +20,8 @@ using tiny_network = network<Arch, test_policy, T>;
 /// Of the same shapes, each with one thing that is another.
 template <class Routing, class Activation = swiglu>
 using one_moe = language_model<test::tiny, prenorm<rms_norm, moe<test::tiny, Routing, Activation>>>;
+template <class Rule>
+using one_rule = one_moe<top1<Rule>>;
 template <class Config>
 using one_attention = language_model<Config, prenorm<rms_norm, self_attention<Config>>>;
 struct other_base : test::tiny {
@@ -33,6 +37,24 @@ struct silent : moe<test::tiny, top1<no_balance>> {
 /// A rule whose offset acts in inference too, with a scale of its own.
 struct steeper : balance_rule<load_bias> {
   static constexpr double beta = 3;
+};
+
+/// Types of their own, for nvcc loses the options where it spells a template's arguments out.
+using how = sinkhorn::options;
+struct defaults : sinkhorn_balance<> {};
+struct reference : sinkhorn_balance<how{.mode = sinkhorn::mode::reference}> {};
+struct ones : sinkhorn_balance<how{.mode = sinkhorn::mode::ones}> {};
+struct loose : sinkhorn_balance<how{.tolerance = 0.05}> {};
+struct looser : sinkhorn_balance<how{.tolerance = 1.0 / 3}> {};
+struct short_loop : sinkhorn_balance<how{.max_passes = 7}> {};
+struct fixed_count : sinkhorn_balance<how{.fixed_passes = 2}> {};
+struct without_newton : sinkhorn_balance<how{.newton = false}> {};
+struct unit_beta : sinkhorn_balance<how{.beta = 1}> {};
+struct negative_beta : sinkhorn_balance<how{.beta = -1.5}> {};
+struct small_beta : sinkhorn_balance<how{.beta = 1e-5}> {};
+/// A function whose name is no array of characters.
+struct own_silu : activation::silu {
+  static constexpr std::string_view name = "own";
 };
 
 /// How the traits of two architectures differ, as "name: first, second"; of two that differ in one.
@@ -129,7 +151,21 @@ TEST_CASE("checkpoint: an architecture tells what changes the function and no sh
   CHECK(difference<base, one_moe<top_k<2, no_balance, gate_function::sigmoid>>>() == router + "top_k: 1, 2");
   CHECK(difference<base, one_moe<top_k<1, no_balance, gate_function::sigmoid, 125>>>() ==
         router + "capacity_percent: 0, 125");
-  CHECK(difference<base, one_moe<top1<sinkhorn>>>() == router + "balance: none, sinkhorn in training");
+  CHECK(difference<base, one_moe<top1<no_balance>, hidden_activation<own_silu, true>>>() ==
+        mixer + "activation: silu, own");
+  CHECK(difference<one_moe<top1<sinkhorn>>, base>() ==
+        router + "beta: 2, 1 in training" + router + "balance: sinkhorn, none in training");
+  using plain = one_rule<defaults>;
+  CHECK(difference<one_moe<top1<sinkhorn>>, plain>() == "");
+  CHECK(difference<plain, one_rule<reference>>() ==
+        router + "balance.mode: sound, reference in training");
+  CHECK(difference<plain, one_rule<ones>>() ==
+        router + "balance.mode: sound, ones in training");
+  CHECK(difference<plain, one_rule<loose>>() == router + "balance.tolerance: 0, 0.05 in training");
+  CHECK(difference<plain, one_rule<short_loop>>() == router + "balance.max_passes: 500, 7 in training");
+  CHECK(difference<plain, one_rule<fixed_count>>() == router + "balance.fixed_passes: 0, 2 in training");
+  CHECK(difference<plain, one_rule<without_newton>>() == router + "balance.newton: yes, no in training");
+  CHECK(difference<plain, one_rule<unit_beta>>() == router + "beta: 2, 1 in training");
   CHECK(difference<one_moe<top1<load_bias>>, one_moe<top1<steeper>>>() == router + "beta: 1, 3");
   CHECK(difference<one_attention<test::tiny>, one_attention<other_base>>() == mixer + "rotary_base: 10000, 500000");
   CHECK(difference<one_attention<other_heads>, one_attention<test::tiny>>() ==
@@ -139,6 +175,21 @@ TEST_CASE("checkpoint: an architecture tells what changes the function and no sh
   CHECK(difference<language_model<test::tiny, repeat<2, layer>>, language_model<test::tiny, stack<layer, layer>>>() ==
         "");
   CHECK(difference<base, language_model<test::tiny, prenorm<rms_norm, silent>>>() == "");
+}
+
+TEST_CASE("checkpoint: an architecture's numbers are the same text in every locale") {
+  std::string const router = "decoder.layers.0.mixer.router.";
+  auto const check = [&] {
+    CHECK(difference<one_rule<loose>, one_rule<looser>>() ==
+          router + "balance.tolerance: 0.05, 0.3333333333333333 in training");
+    CHECK(difference<one_rule<negative_beta>, one_rule<small_beta>>() ==
+          router + "beta: -1.5, 1e-05 in training");
+  };
+  check();
+  std::string const before = std::setlocale(LC_NUMERIC, nullptr);
+  for (char const* comma : {"de_DE.UTF-8", "fr_FR.UTF-8"})  // where the system has them
+    if (std::setlocale(LC_NUMERIC, comma)) check();
+  std::setlocale(LC_NUMERIC, before.c_str());
 }
 
 TEST_CASE("checkpoint: weights of another architecture with the same shapes are turned away") {

@@ -127,6 +127,10 @@ TEST_CASE_TEMPLATE("trainer: a file that does not fit is named, and changes noth
   std::string const layer = "decoder.layers.1.mixer.";
   CHECK(attempt("architecture." + layer + "router.balance\"", "sinkhorn", "none") ==
         "of another architecture: " + layer + "router.balance: got none, expected sinkhorn");
+  CHECK(attempt("architecture." + layer + "router.balance.mode", "sound", "ones") ==
+        "of another architecture: " + layer + "router.balance.mode: got ones, expected sound");
+  CHECK(attempt("architecture." + layer + "router.beta\"", "\"2\"", "\"1\"") ==
+        "of another architecture: " + layer + "router.beta: got 1, expected 2");
   CHECK(attempt("architecture." + layer + "activation", "silu", "gelu") ==
         "of another architecture: " + layer + "activation: got gelu, expected silu");
   // The last tensors that are read.

@@ -137,8 +137,7 @@ class staged_tensors {
 }  // namespace detail
 
 /// Writes a network's weights (and balance offsets) in its storage type, under the published names, and as metadata
-/// what the architecture is beside its tensors (see trait). The file appears
-/// whole or not at all. @throws file_error
+/// what the architecture is beside its tensors (see trait). The file appears whole or not at all. @throws file_error
 template <class Network>
 void save_weights(Network const& network, std::string const& path) {
   safetensors::writer file(path);
@@ -152,10 +151,11 @@ void save_weights(Network const& network, std::string const& path) {
 /// Reads weights of any floating-point type into a network's storage type. Every tensor must be there with the
 /// network's shape, and no other; tensors named "…/…" (a trainer's state) are passed over. A file that says what its
 /// architecture is must say this one's: SwiGLU weights do not load into GEGLU layers, though their shapes agree. A file
-/// without that, published weights for instance, is taken by its tensors alone. A trainer of the network
-/// goes on from the new weights with the moments that it has. The file is checked and read in whole, into as much host
-/// memory as the weights take, before the first weight changes: where file_error or workspace_error is thrown, the
-/// network is as it was.
+/// without that, published weights for instance, is taken by its tensors alone. A trainer of the network goes on from
+/// the new weights with the moments that it has.
+///
+/// The file is checked and read in whole, into as much host memory as the weights take, before the first weight
+/// changes: where file_error or workspace_error is thrown, the network is as it was.
 /// @throws file_error naming the first tensor or trait that differs, got and expected
 template <class Network>
 void load_weights(Network& network, std::string const& path) {

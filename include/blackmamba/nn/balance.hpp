@@ -6,6 +6,7 @@
 #include <blackmamba/ops/sinkhorn/sinkhorn.hpp>
 
 #include <concepts>
+#include <string>
 
 namespace blackmamba {
 
@@ -15,6 +16,9 @@ namespace blackmamba {
 ///   static constexpr double beta;           // scale of the logits in the selector
 ///   static constexpr bool at_inference;     // whether g takes part when the model is not training
 ///   static constexpr char const* name;      // optional: a trainer's files are told apart by it
+///
+///   template <class Visitor>                // optional: and by its options, v(trait{prefix + "rate", "0.1", true})
+///   static void describe(std::string const& prefix, Visitor&& v);
 ///
 ///   template <device_policy P, storage A>   // sets g from this step's logits
 ///   static void before(context<P> const& c,
@@ -79,6 +83,17 @@ struct sinkhorn_balance : no_balance {
   static void before(context<P> const& c, in<P, A, dyn, dyn> logits, out<P, A, dyn> offset, int,
                      out<P, sinkhorn::report, dyn> report) {
     sinkhorn::forward(c.policy, logits, offset, report, How);
+  }
+  template <class Visitor>
+  static void describe(std::string const& prefix, Visitor&& v) {
+    auto const option = [&](char const* option_name, std::string const& value) {
+      v(trait{prefix + option_name, value, true});
+    };
+    option("mode", sinkhorn::name_of(How.mode));
+    option("tolerance", detail::number_text(How.tolerance));
+    option("max_passes", std::to_string(How.max_passes));
+    option("fixed_passes", std::to_string(How.fixed_passes));
+    option("newton", How.newton ? "yes" : "no");
   }
 };
 template <>

@@ -4,10 +4,9 @@
 #include <blackmamba/core/policy.hpp>
 #include <blackmamba/core/workspace.hpp>
 
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <vector>
@@ -149,20 +148,16 @@ class layer_names {
 
 namespace detail {
 
-/// A decimal text that reads back as the number, of 6 digits where these do.
+/// The shortest decimal text that reads back as the number, the same in every locale.
 inline std::string number_text(double x) {
   char text[32];
-  for (int digits = 6; digits <= 17; ++digits) {
-    std::snprintf(text, sizeof text, "%.*g", digits, x);
-    if (std::strtod(text, nullptr) == x) break;
-  }
-  return text;
+  return {text, std::to_chars(text, text + sizeof text, x, std::chars_format::general).ptr};
 }
 
 /// Says a part's name where it has one: a user's activation or recurrence need not.
 template <class Part, class Visitor>
 void describe_name(std::string const& name, Visitor&& v, bool training = false) {
-  if constexpr (requires { std::string(Part::name); }) v(trait{name, Part::name, training});
+  if constexpr (requires { std::string(Part::name); }) v(trait{name, std::string(Part::name), training});
 }
 /// A mixer's or a norm's traits, where it tells them.
 template <class Part, class Visitor>

@@ -98,8 +98,9 @@ struct moe : stateless {
     v(trait{prefix + "router.gate", router::name_of(Routing::gate)});
     v(trait{prefix + "router.capacity_percent", std::to_string(Routing::capacity_percent)});
     v(trait{prefix + "router.offset_at_inference", balance::at_inference ? "yes" : "no"});
-    if (balance::at_inference) v(trait{prefix + "router.beta", detail::number_text(balance::beta)});
+    v(trait{prefix + "router.beta", detail::number_text(balance::beta), !balance::at_inference});
     detail::describe_name<balance>(prefix + "router.balance", v, true);
+    detail::describe_part<balance>(prefix + "router.balance.", v);
   }
 
   template <device_policy P, storage T, class S>

@@ -173,8 +173,8 @@ class trainer {
   }
   /// Continues from a file that save() wrote, with any storage type and on any device: masters, where the file has
   /// them, are the weights of a trainer without; a trainer with masters takes a file's weights as these where it has
-  /// none. Batch, length, accumulation and the architecture, balance rule included, must be the
-  /// file's; the other options may differ.
+  /// none. Batch, length, accumulation and the architecture, its balance rule's options included, must be the file's;
+  /// the other options may differ.
   ///
   /// The file is checked and read in whole, into as much host memory as it is long, before anything changes: where
   /// file_error or workspace_error is thrown, network and trainer are as they were.

@@ -56,6 +56,9 @@ struct sinkhorn {
   using mode = sinkhorn_mode;
   using options = sinkhorn_options;
   using report = sinkhorn_report;
+  static constexpr char const* name_of(mode m) {
+    return m == mode::sound ? "sound" : m == mode::reference ? "reference" : "ones";
+  }
 
   /// @param logits  (M, E) A
   /// @param offset  (E) A     in: where to start; out: g, with max_j g_j = 0
