@@ -185,7 +185,7 @@ TEST_CASE("generate: without logits to go on from it wants a prompt") {
   generator from(net);
   std::string const expected =
       "generate: prompt: got no token, expected one at least where nothing was read since the "
-      "generator was built or its state restored";
+      "generator was built or its state restored; a state goes on with a token that it has not read";
   CHECK(test::message_of<value_error>([&] { generate(from, {}, 1); }) == expected);
   from.prefill(prompt);
   auto const fork = from.state();

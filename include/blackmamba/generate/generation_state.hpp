@@ -12,7 +12,8 @@ namespace blackmamba {
 
 /// Everything that a batch of sequences carries from token to token: the states of all layers in one run of memory. Its
 /// size is constant in the length of the text (but for attention layers, whose caches hold `capacity` tokens). It can
-/// be copied, saved and read back: the text then goes on from there, as often as one likes.
+/// be copied, saved and read back: the text then goes on from there, as often as one likes. What was read is in it, the
+/// logits for the next token are not: take it before the last token of a text is read, and go on with that token.
 template <class Network>
 class generation_state {
  public:

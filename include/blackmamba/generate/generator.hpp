@@ -221,7 +221,7 @@ std::vector<std::int32_t> generate(generator<Network>& from, std::span<std::int3
   if (count < 0) throw value_error("generate: count: got " + std::to_string(count) + ", expected at least 0");
   if (prompt.empty() && !from.has_logits())
     throw value_error("generate: prompt: got no token, expected one at least where nothing was read since the "
-                      "generator was built or its state restored");
+                      "generator was built or its state restored; a state goes on with a token that it has not read");
   auto const read = static_cast<std::int64_t>(prompt.size());
   if (from.grows() && (read > from.room() || count > from.room() - read))
     throw value_error("generate: capacity: got " + std::to_string(from.position()) + " tokens, a prompt of " +
