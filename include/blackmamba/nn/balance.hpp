@@ -73,8 +73,8 @@ struct balance_rule<no_balance> : no_balance {
 ///   top1<sinkhorn_balance<sinkhorn::options{.mode = sinkhorn::mode::reference}>>    the published loop
 ///   top1<sinkhorn_balance<sinkhorn::options{.fixed_passes = 2}>>                    a step of known cost
 ///
-/// nvcc 13.0 cannot write such options into a call's explicit template arguments, as in f<a_layer_with_the_rule>(): name
-/// the rule there, struct two_passes : sinkhorn_balance<sinkhorn::options{.fixed_passes = 2}> {}.
+/// nvcc 13.0 cannot write such options into a call's explicit template arguments, f<a_layer_with_the_rule>(): name the
+/// rule there, struct two_passes : sinkhorn_balance<sinkhorn::options{.fixed_passes = 2}> {}.
 template <sinkhorn::options How = sinkhorn::options{}>
 struct sinkhorn_balance : no_balance {
   static_assert(How.tolerance >= 0 && How.max_passes >= 0 && How.fixed_passes >= 0,
