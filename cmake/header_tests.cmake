@@ -122,7 +122,11 @@ if(blackmamba_with_cuda)
   target_link_libraries(headers_cuda PRIVATE blackmamba::cuda)
   target_compile_options(headers_cuda PRIVATE ${blackmamba_cuda_warnings}
     "SHELL:-Werror all-warnings -Xcompiler=-Werror -Xcompiler=-O0")
-  set_target_properties(headers_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  if(blackmamba_cuda_compiled_only)
+    target_compile_options(headers_cuda PRIVATE -Xcicc=-O0)
+  else()
+    set_target_properties(headers_cuda PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  endif()
   add_test(NAME headers.twice.cuda COMMAND headers_cuda)
   set_tests_properties(headers.twice.cuda PROPERTIES LABELS headers)
 

@@ -5,6 +5,7 @@ option(BLACKMAMBA_BUILD_EXAMPLES "Build the examples" ${PROJECT_IS_TOP_LEVEL})
 option(BLACKMAMBA_BUILD_BENCH "Build the benchmarks" ${PROJECT_IS_TOP_LEVEL})
 option(BLACKMAMBA_INSTALL "Provide the install target" ${PROJECT_IS_TOP_LEVEL})
 option(BLACKMAMBA_NATIVE "Compile tests, examples and benchmarks for this machine's processor" ${PROJECT_IS_TOP_LEVEL})
+option(BLACKMAMBA_OPTIMISE "Optimise benchmarks and examples; OFF where they are only to compile, and examples to work" ON)
 option(BLACKMAMBA_WERROR "Treat warnings in tests, examples and benchmarks as errors" OFF)
 
 set(BLACKMAMBA_CUDA AUTO CACHE STRING "Provide blackmamba::cuda: AUTO (where a toolkit is found), ON, OFF")

@@ -23,7 +23,7 @@ if(BLACKMAMBA_SANITIZE STREQUAL "thread")
   set(blackmamba_test_environment "TSAN_OPTIONS=halt_on_error=1;BLACKMAMBA_TEST_TRIALS_PERCENT=4")
 elseif(BLACKMAMBA_SANITIZE)
   set(blackmamba_test_prefix "asan.")
-  set(blackmamba_test_environment "UBSAN_OPTIONS=print_stacktrace=1;BLACKMAMBA_TEST_TRIALS_PERCENT=25")
+  set(blackmamba_test_environment "UBSAN_OPTIONS=print_stacktrace=1;BLACKMAMBA_TEST_TRIALS_PERCENT=10")
 endif()
 
 add_library(blackmamba_test_main OBJECT support/main.cpp)
@@ -31,6 +31,10 @@ target_include_directories(blackmamba_test_main PUBLIC ${CMAKE_CURRENT_SOURCE_DI
 # Where tests find golden/.
 target_compile_definitions(blackmamba_test_main PUBLIC BLACKMAMBA_TEST_DATA="${CMAKE_CURRENT_SOURCE_DIR}")
 target_link_libraries(blackmamba_test_main PUBLIC blackmamba_developer doctest::doctest)
+# To sanitizers a type of 16 bits is like the other, and gradients are tested in double anyway.
+if(BLACKMAMBA_SANITIZE)
+  target_compile_definitions(blackmamba_test_main PUBLIC "STORAGE_TYPES=float,blackmamba::bfloat16")
+endif()
 # Tests run for seconds and compile for minutes: one level of optimisation takes half the time of three. nvcc, whose
 # level is the host code's alone, wants to be told once.
 target_compile_options(blackmamba_test_main PUBLIC $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CONFIG:Release>>:-O1>)

@@ -43,7 +43,8 @@ configure() {
   fi
 }
 
-configure tests -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Release -DBLACKMAMBA_CUDA=AUTO
+# Benchmarks are compiled and examples run for seconds: optimising them takes longer.
+configure tests -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Release -DBLACKMAMBA_CUDA=AUTO -DBLACKMAMBA_OPTIMISE=OFF
 sanitizer=(-DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 -DBLACKMAMBA_CUDA=OFF
   -DBLACKMAMBA_BUILD_EXAMPLES=OFF -DBLACKMAMBA_BUILD_BENCH=OFF)
 configure sanitize "${sanitizer[@]}" -DBLACKMAMBA_SANITIZE=address,undefined

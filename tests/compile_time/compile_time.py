@@ -89,7 +89,8 @@ def main():
         for budget in table["budgets"]:
             compiler = compilers.get(budget["compiler"])
             for header in headers_of(arguments.include, budget["headers"]) if compiler else []:
-                seconds, read = compiler.seconds(f"#include <{header}>\n", scale * budget["seconds"])
+                seconds, read = compiler.seconds(f"#include <{header}>\n",
+                                                 scale * budget["seconds"] * table["tolerance"])
                 allowed = budget["seconds"]
                 if "seconds_with_eigen" in budget and "/Eigen/" in read:
                     allowed = budget["seconds_with_eigen"]

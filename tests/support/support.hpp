@@ -225,4 +225,7 @@ std::string message_of(F&& f) {
 
 }  // namespace test
 
+/// Builds with sanitizers name fewer (cmake/policy_tests.cmake).
+#ifndef STORAGE_TYPES
 #define STORAGE_TYPES float, double, blackmamba::bfloat16, blackmamba::half
+#endif
