@@ -135,20 +135,30 @@ void check_scan_slots(std::int64_t batch, std::int64_t channels, bool all) {
   });
 }
 
+/// A row of a pool for each sequence but every fifth, and one for the state after each of its tokens. Of the last
+/// sequence, the state after the second token isn't kept, and its last one stays where the first was.
+struct pool_rows {
+  slots_type slots, kept;
+};
+pool_rows rows_of_tokens(std::int64_t batch, std::int64_t length) {
+  pool_rows rows{slots_type(index(batch)), slots_type(index(batch * length))};
+  for (std::int64_t b = 0; b < batch; ++b) {
+    rows.slots[index(b)] = b % 5 == 3 ? -1 : b * (length + 1) + 1;
+    for (std::int64_t t = 0; t < length; ++t) rows.kept[index(b * length + t)] = b * (length + 1) + 2 + t;
+    if (b + 1 == batch && length > 1) rows.kept[index(b * length + 1)] = -1;
+    if (b + 1 == batch) rows.kept[index(b * length + length - 1)] = rows.slots[index(b)];
+  }
+  REQUIRE(rows.slots.back() >= 0);
+  return rows;
+}
+
 /// Steps of several tokens against as many single ones, with the state moved on in place, and with every state kept.
 template <class T, class State, int N>
 void check_scan_steps(std::int64_t batch, std::int64_t length, std::int64_t channels, bool all) {
   scan_tokens<T, N> const tokens(batch, length, channels, all);
   std::int64_t const rows = batch * (length + 1) + 2, width = channels * N;
-  slots_type slots(index(batch)), kept(index(batch * length));
-  for (std::int64_t b = 0; b < batch; ++b) {
-    slots[index(b)] = b % 5 == 3 ? -1 : b * (length + 1) + 1;
-    // Of the last sequence, the state after the second token isn't kept, and its last one stays where the first was.
-    for (std::int64_t t = 0; t < length; ++t) kept[index(b * length + t)] = b * (length + 1) + 2 + t;
-    if (b + 1 == batch && length > 1) kept[index(b * length + 1)] = -1;
-    if (b + 1 == batch) kept[index(b * length + length - 1)] = slots[index(b)];
-  }
-  REQUIRE(slots.back() >= 0);
+  pool_rows const used = rows_of_tokens(batch, length);
+  slots_type const &slots = used.slots, &kept = used.kept;
   auto const before = test::rounded<State>(test::random_normal(rows * width, 9));
   auto const device_slots = test::upload<std::int32_t>(as_values(slots), batch);
   auto const device_kept = test::upload<std::int32_t>(as_values(kept), batch, length);
@@ -263,14 +273,8 @@ namespace {
 template <class T>
 void check_convolution(std::int64_t batch, std::int64_t length, std::int64_t channels, std::int64_t taps, bool all) {
   std::int64_t const rows = batch * (length + 1) + 2, width = (taps - 1) * channels;
-  slots_type slots(index(batch)), kept(index(batch * length));
-  for (std::int64_t b = 0; b < batch; ++b) {
-    slots[index(b)] = b % 5 == 3 ? -1 : b * (length + 1) + 1;
-    for (std::int64_t t = 0; t < length; ++t) kept[index(b * length + t)] = b * (length + 1) + 2 + t;
-    if (b + 1 == batch && length > 1) kept[index(b * length + 1)] = -1;
-    if (b + 1 == batch) kept[index(b * length + length - 1)] = slots[index(b)];
-  }
-  REQUIRE(slots.back() >= 0);
+  pool_rows const used = rows_of_tokens(batch, length);
+  slots_type const &slots = used.slots, &kept = used.kept;
   auto const before = test::rounded<T>(test::random_normal(rows * width, 9));
   auto const x = test::rounded<T>(test::random_normal(batch * length * channels, 1));
   auto const weight = test::upload<accum_t<T>>(test::random_normal(channels * taps, 2), channels, taps);

@@ -100,6 +100,18 @@ __device__ __forceinline__ float convolution_sigmoid(float p) {
   return reciprocal(1.0f + power_of_two(p * -1.4426950408889634f));
 }
 
+/// A step's result, of what the column holds.
+template <class T, int K, int N>
+__device__ __forceinline__ pack<accum_t<T>, N> convolution_result(convolution_column<T, K, N> const& c, bool silu) {
+  pack<accum_t<T>, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result[i] = c.apply(i);
+  if (silu)
+#pragma unroll
+    for (int i = 0; i < N; ++i) result[i] *= convolution_sigmoid(result[i]);
+  return result;
+}
+
 inline constexpr int convolution_forward_warps = 4;
 inline constexpr unsigned convolution_backward_warps = 8;  // at most
 
@@ -136,13 +148,7 @@ __global__ void __launch_bounds__(32 * convolution_forward_warps, 6)
   auto const one = [&](bool silu, int t, raw& newest) {
     c.push(newest);
     fetch(t + together, newest);
-    pack<accum_t<T>, N> result;
-#pragma unroll
-    for (int i = 0; i < N; ++i) result[i] = c.apply(i);
-    if (silu)
-#pragma unroll
-      for (int i = 0; i < N; ++i) result[i] *= convolution_sigmoid(result[i]);
-    store_pack<N>(to, result);
+    store_pack<N>(to, convolution_result(c, silu));
     to += to_stride;
   };
   int t = 0;
@@ -366,13 +372,7 @@ __device__ __forceinline__ pack<accum_t<T>, N> convolution_result(convolution_co
                                                                   raw_pack<T, N> const (&window)[K], bool silu) {
 #pragma unroll
   for (int k = 0; k < K; ++k) c.widen_to(c.past[k], window[k]);
-  pack<accum_t<T>, N> result;
-#pragma unroll
-  for (int i = 0; i < N; ++i) result[i] = c.apply(i);
-  if (silu)
-#pragma unroll
-    for (int i = 0; i < N; ++i) result[i] *= convolution_sigmoid(result[i]);
-  return result;
+  return convolution_result(c, silu);
 }
 /// The state before a token, into the window's places before the newest; and the one after it, from there.
 template <class T, int K, int N>
